@@ -1,0 +1,26 @@
+"""Every setting of the service: a flag of `bit-serve` and an environment variable BIT_SERVE_… each."""
+
+import os
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Serve every tenant's promoted model over HTTP."""
+
+    model_config = SettingsConfigDict(env_prefix="BIT_SERVE_", frozen=True, extra="forbid", cli_prog_name="bit-serve")
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8080, ge=0, le=65_535, description="port to listen on; 0 takes a free one")
+    tracking_uri: str = Field("http://127.0.0.1:5000", description="MLflow server whose registry is followed")
+    models: Path | None = Field(None, description="folder of exports to serve instead of a registry")
+    cache_dir: Path = Field(Path(".serve/cache"), description="where downloaded exports are kept, by sha256")
+    poll_interval_s: float = Field(2.0, gt=0, description="seconds between two looks at the registry")
+    write_back: bool = Field(True, description="tell MLflow what became of a version (tag serving.state)")
+    workers: int = Field(os.cpu_count() or 1, ge=1, description="threads that decode and infer, one core each")
+    max_batch: int = Field(8, ge=1, description="pictures that a thread takes at once")
+    max_queue_ms: float = Field(2_000, gt=0, description="work that may wait; above it requests get 503")
+    timeout_ms: float = Field(30_000, gt=0, description="deadline of a request that names none")
+    max_body_bytes: int = Field(20 * 2**20, ge=1, description="largest request body")

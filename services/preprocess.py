@@ -1,0 +1,170 @@
+"""Bytes → pixels: the one way, used by training, evaluation and serving, so that none of them sees another picture.
+
+JPEG goes through libjpeg-turbo, decoded at a reduced scale where that is enough (the DCT does most of the shrinking); all else
+through OpenCV. numpy only: neither torch nor the training package is imported.
+"""
+
+import struct
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+
+MAX_PIXELS = 100_000_000  # refused from the header on, before a decompression bomb is unpacked
+SIGNATURES = {
+    b"\xff\xd8\xff": "jpeg",
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\x00": "tiff",
+    b"MM\x00*": "tiff",
+}
+
+cv2.setNumThreads(0)  # every caller brings its own threads: one picture, one core
+
+
+class PictureError(ValueError):
+    """The bytes are not a picture that can be read; the message says what was found."""
+
+
+def pixels(data: bytes, size: int) -> Pixels:
+    """An encoded picture as uint8 [size, size, 3] RGB, squashed to a square (BiT, section 3.3). Raises PictureError."""
+    return resize(decode(data, size), size)
+
+
+def resize(image: Pixels, size: int) -> Pixels:
+    """uint8 [h, w, 3] → [size, size, 3]: by area where the picture shrinks, linearly where it grows."""
+    height, width = image.shape[:2]
+    if height == width == size:
+        return image
+    shrinks = height >= size and width >= size
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def decode(data: bytes, min_side: int | None = None) -> Pixels:
+    """An encoded picture as uint8 [h, w, 3] RGB, upright (EXIF applied), transparency on white.
+
+    min_side: a JPEG may come back smaller than it is, but with no side below this. Raises PictureError.
+    """
+    kind = sniff(data)
+    if kind is None:
+        raise PictureError(f"not a picture: {len(data)} bytes that begin with {data[:8]!r}. Send JPEG, PNG, WebP, BMP or TIFF.")
+    size = dimensions(data)
+    if size and size[0] * size[1] > MAX_PIXELS:
+        raise PictureError(f"a {kind} of {size[0]} × {size[1]} pixels; at most {MAX_PIXELS:,} pixels are read.")
+    image = _decode_jpeg(data, min_side) if kind == "jpeg" else None
+    return image if image is not None else _decode_any(data, kind)
+
+
+def sniff(data: bytes) -> str | None:
+    """The kind of picture that the first bytes announce, None where they announce none."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((kind for signature, kind in SIGNATURES.items() if data.startswith(signature)), None)
+
+
+def dimensions(data: bytes) -> tuple[int, int] | None:
+    """(width, height) as the header says, before EXIF turns it; None where the header cannot be read."""
+    kind = sniff(data)
+    try:
+        if kind == "jpeg":
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+            return width, height
+        if kind == "png":
+            return struct.unpack(">II", data[16:24])
+        if kind == "gif":
+            return struct.unpack("<HH", data[6:10])
+        if kind == "bmp":
+            width, height = struct.unpack("<ii", data[18:26])
+            return width, abs(height)
+        if kind == "webp":
+            return _webp_dimensions(data)
+    except (ValueError, struct.error):
+        return None
+    return None
+
+
+def _webp_dimensions(data: bytes) -> tuple[int, int] | None:
+    """RFC 9649: the lossy, lossless and extended form keep the canvas in three different ways."""
+    form = data[12:16]
+    if form == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if form == b"VP8 ":
+        width, height = struct.unpack("<HH", data[26:30])
+        return width & 0x3FFF, height & 0x3FFF
+    if form == b"VP8L":
+        (bits,) = struct.unpack("<I", data[21:25])
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return None
+
+
+def _decode_jpeg(data: bytes, min_side: int | None) -> Pixels | None:
+    """None where libjpeg-turbo refuses what OpenCV may still read."""
+    try:
+        _, _, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        if colorspace in ("CMYK", "YCCK"):
+            # Adobe writes CMYK inverted, so that 255 is no ink: RGB is then the ink left over times the black left over.
+            cmyk = simplejpeg.decode_jpeg(data, "CMYK", strict=False).astype(np.uint16)
+            image = (cmyk[..., :3] * cmyk[..., 3:] // 255).astype(np.uint8)
+        else:
+            smallest = min_side or 0
+            image = simplejpeg.decode_jpeg(data, "RGB", min_height=smallest, min_width=smallest, strict=False)
+    except ValueError:
+        return None
+    return _upright(image, _exif_orientation(data))
+
+
+def _decode_any(data: bytes, kind: str) -> Pixels:
+    flags = cv2.IMREAD_UNCHANGED if kind in ("png", "webp", "tiff") else cv2.IMREAD_COLOR
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise PictureError(f"a {kind} of {len(data)} bytes that cannot be decoded: {error.err}.") from None
+    if image is None:
+        raise PictureError(f"a {kind} of {len(data)} bytes that cannot be decoded: it is damaged or cut off.")
+    if image.dtype == np.uint16:
+        image = (image >> 8).astype(np.uint8)
+    elif image.dtype != np.uint8:
+        raise PictureError(f"a {kind} with {image.dtype} values; 8 or 16 bits per channel are read.")
+    if image.ndim == 2:
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    if image.shape[2] == 4:
+        alpha = image[..., 3:].astype(np.uint16)
+        blended = image[..., :3] * alpha + 255 * (255 - alpha)
+        image = (blended // 255).astype(np.uint8)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _upright(image: Pixels, orientation: int) -> Pixels:
+    """Undoes the eight EXIF orientations (EXIF 2.32, tag 0x0112)."""
+    if orientation >= 5:
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
+
+
+def _exif_orientation(data: bytes) -> int:
+    """1 to 8; 1 where no EXIF block says otherwise."""
+    start = data.find(b"Exif\x00\x00", 0, 65_536)
+    if start < 0:
+        return 1
+    tiff = data[start + 6 : start + 65_536]
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1
+    try:
+        (offset,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, offset)
+        for entry in range(min(count, 512)):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, offset + 2 + 12 * entry)
+            if tag == 0x0112:
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        return 1
+    return 1

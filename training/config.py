@@ -1,0 +1,220 @@
+"""params.yaml as frozen models: parsed once, every key known, before any work begins.
+
+`load()` reads the root params.yaml, lays a tenant's params.yaml over its last four sections and then the `--set`
+overrides. Everything here is a value; devices, clients and clocks are passed beside it.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from training.hyperrule import Preset
+
+TENANT_SECTIONS = ("pack", "finetune", "evaluate", "export")
+Positive = Annotated[int, Field(ge=1)]
+Precision = Literal["fp32", "bf16"]
+
+
+class ConfigError(ValueError):
+    """A value that the user gave cannot be used. The message names it, the choices and the next step."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class UpstreamConfig(Section):
+    """Which network all tenants start from."""
+
+    arch: str = Field("R50x1", description="row of the zoo table")
+    weights: str | None = Field(None, description="published weights (.npz, path or URL) to adopt instead of training")
+    sha256: str | None = Field(None, description="what `weights` must hash to; printed when not given")
+
+
+class PackConfig(Section):
+    """Pictures → shards."""
+
+    source: str | None = Field(None, description="folder, CSV or JSONL; default data/upstream or tenants/<name>/pictures")
+    splits: dict[str, float] = Field({"train": 0.9, "test": 0.1}, description="shares, where the source names no splits")
+    shard_bytes: Positive = Field(256 * 2**20, description="size at which a new shard begins")
+    multi_label: bool | None = Field(None, description="several labels a picture; default: as found in the source")
+    strict: bool = Field(False, description="refuse the dataset when one picture cannot be read")
+
+
+class Optimisation(Section):
+    """What upstream and downstream training share beside their schedules."""
+
+    micro_batch: Positive | None = Field(None, description="examples per forward/backward and rank; default: all at once")
+    flips: bool = Field(True, description="random horizontal flips; false where orientation carries the label")
+    crops: bool = Field(True, description="random crops; false where the place in the picture carries the label")
+    precision: Precision = Field("fp32", description="bf16 runs the network under autocast; weights stay fp32")
+    seed: int = Field(0, ge=0)
+    evaluate_every: Positive = Field(500, description="optimizer steps between evaluations")
+    checkpoint_every: Positive = Field(500, description="optimizer steps between checkpoints")
+
+
+class PretrainConfig(Optimisation):
+    """Upstream training, counted in optimizer steps."""
+
+    steps: Positive = 3_000
+    global_batch: Positive = Field(128, description="examples per optimizer step over all ranks")
+    lr: float = Field(0.03, gt=0)
+    warmup_steps: int = Field(100, ge=0)
+    decays: tuple[float, ...] = Field((0.33, 0.67, 0.89), description="shares of the steps after which lr falls by 10")
+    weight_decay: float = Field(1e-4, ge=0)
+    mixup_alpha: float = Field(0.0, ge=0)
+    resize: Positive = 256
+    crop: Positive = 224
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "PretrainConfig":
+        supports = self.supports
+        if list(supports) != sorted(supports):
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps}, decays={self.decays} of steps={self.steps} give the boundaries "
+                f"{supports}, which do not rise; lower warmup_steps or raise steps"
+            )
+        return self
+
+    @property
+    def supports(self) -> tuple[int, ...]:
+        return (self.warmup_steps, *(round(share * self.steps) for share in self.decays), self.steps)
+
+
+class FinetuneConfig(Optimisation):
+    """Downstream training. Each value left at null is the HyperRule's; each that is set is a stated deviation."""
+
+    preset: Preset = "slides"
+    resize: Positive | None = None
+    crop: Positive | None = None
+    steps: Positive | None = None
+    global_batch: Positive | None = None
+    lr: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    mixup_alpha: Annotated[float, Field(ge=0)] | None = None
+    scratch: bool = Field(False, description="also train the same network from scratch by the same rule, to compare")
+
+
+class EvaluateConfig(Section):
+    split: str = Field("test", description="which split is evaluated")
+    batch_size: Positive = 256
+    worst: int = Field(24, ge=0, description="how many of the worst mistakes the contact sheet shows")
+
+
+class ExportConfig(Section):
+    golden: int = Field(3, ge=1, le=8, description="test pictures kept in the export with their answers")
+    tolerance: float = Field(1e-4, gt=0, description="largest difference allowed between ONNX Runtime and torch")
+    threshold: float | None = Field(None, ge=0, le=1, description="below this probability the service answers `unknown`")
+
+
+class Config(Section):
+    """The whole of params.yaml."""
+
+    runner: Literal["local", "kubernetes"] = "local"
+    tracking_uri: str = "sqlite:///.mlflow/mlflow.db"
+    upstream: UpstreamConfig = UpstreamConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    pack: PackConfig = PackConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+
+
+def tenants(root: Path = Path()) -> list[str]:
+    """Names of all tenants: the folders below tenants/ that hold a params.yaml."""
+    return sorted(path.parent.name for path in (root / "tenants").glob("*/params.yaml"))
+
+
+def load(root: Path = Path(), tenant: str | None = None, overrides: Iterable[str] = ()) -> Config:
+    """The resolved configuration of the project in `root`, or of one of its tenants.
+
+    Raises ConfigError for a missing file, an unknown tenant, an unknown or misspelt key, or a value outside its range.
+    """
+    values = _read(root / "params.yaml")
+    if tenant is not None:
+        path = root / "tenants" / tenant / "params.yaml"
+        if tenant not in tenants(root):
+            raise ConfigError(f"tenant {tenant!r} is not known: {_choices(tenant, tenants(root))} Add {path}.")
+        own = _read(path)
+        if own.pop("tenant", tenant) != tenant:
+            raise ConfigError(f"{path}: `tenant:` must be {tenant!r}, the name of its folder.")
+        if foreign := sorted(set(own) - set(TENANT_SECTIONS)):
+            raise ConfigError(
+                f"{path}: {foreign[0]!r} cannot be set by a tenant: {_choices(foreign[0], TENANT_SECTIONS)} "
+                "What all tenants share stands in the root params.yaml."
+            )
+        values = merge(values, own)
+    for override in overrides:
+        values = merge(values, _override(override))
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, section by section; a section that is null counts as empty."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = {**old, **(value or {})} if isinstance(old, dict) and isinstance(value, dict | None) else value
+    return merged
+
+
+def explain(error: ValidationError) -> str:
+    """All problems of a validation, one a line: key, value, what is wrong, the choices."""
+    lines = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        key = ".".join(path)
+        if problem["type"] == "extra_forbidden":
+            known = _fields(path[:-1])
+            lines.append(f"{key} is not a key of params.yaml: {_choices(path[-1], known)}")
+        else:
+            lines.append(f"{key or 'params.yaml'} = {problem['input']!r}: {problem['msg']}")
+    return "\n".join(lines)
+
+
+def _fields(path: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for name in path:
+        annotation = model.model_fields[name].annotation
+        inner = [t for t in get_args(annotation) if isinstance(t, type)] if isinstance(annotation, UnionType) else []
+        model = inner[0] if inner else annotation  # type: ignore[assignment]
+    return list(model.model_fields)
+
+
+def _choices(given: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(given, known, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Choices: {', '.join(known) or 'none yet'}."
+
+
+def _override(text: str) -> dict[str, Any]:
+    path, separator, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys) or len(keys) > 2:
+        raise ConfigError(f"--set {text!r}: write section.key=value, as in --set pretrain.steps=100.")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: the value is not YAML ({error}).") from None
+    return {keys[0]: parsed} if len(keys) == 1 else {keys[0]: {keys[1]: parsed}}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is not there. Run from the root of the project, or create it.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; sections with keys are expected.")
+    return values or {}

@@ -1,0 +1,98 @@
+"""The demo's three datasets, as ordinary picture files: made from what the installed packages ship, the same every time.
+
+    bit demo data
+
+data/upstream             94 glyphs and 24 procedural textures, 252 pictures each
+tenants/digits/pictures   scikit-learn's handwritten digits: 10 a class to train on, the other 1,697 to test
+tenants/textures/pictures brick, grass and gravel from scikit-image's photographs: 10 patches a class to train on, 100 to test,
+                          from different halves of each photograph
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from training.demo import drawing
+
+SEED = 0
+PER_CLASS = 252
+FEW = 10  # training pictures per class of each tenant
+PATCH = 64  # side of a texture patch, in pixels of the photograph
+SOURCES = (Path("data/upstream"), Path("tenants/digits/pictures"), Path("tenants/textures/pictures"))
+
+
+def write(root: Path, per_class: int = PER_CLASS) -> None:
+    """Writes all three datasets below `root`, replacing what is there."""
+    for source in SOURCES:
+        shutil.rmtree(root / source, ignore_errors=True)
+    names = drawing.upstream_classes()
+    with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=get_context("forkserver")) as pool:
+        job = partial(_write_upstream_class, root / SOURCES[0], per_class)
+        for done, _ in enumerate(pool.map(job, names, chunksize=4), 1):
+            if done % 30 == 0 or done == len(names):
+                print(f"upstream: {done} of {len(names)} classes drawn", file=sys.stderr)
+    _write_digits(root / SOURCES[1])
+    _write_textures(root / SOURCES[2])
+
+
+def track(root: Path) -> None:
+    """Puts the three datasets under DVC: `dvc add` writes the .dvc file beside each."""
+    targets = [str(source) for source in SOURCES]
+    subprocess.run([sys.executable, "-m", "dvc", "add", "--quiet", *targets], cwd=root, check=True)
+
+
+def _write_upstream_class(folder: Path, per_class: int, name: str) -> None:
+    _save(folder / name, drawing.upstream_class(name, SEED, per_class))
+
+
+def _write_digits(folder: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    pictures: dict[str, list[NDArray[np.uint8]]] = defaultdict(list)
+    for image, label in zip(images, digits.target, strict=True):
+        pictures[str(label)].append(image)
+    rng = np.random.default_rng(SEED)
+    for label in sorted(pictures):
+        of_class = pictures[label]
+        chosen = set(rng.choice(len(of_class), FEW, replace=False))  # neighbours in the collection share a writer
+        _save(folder / "train" / label, [image for i, image in enumerate(of_class) if i in chosen])
+        _save(folder / "test" / label, [image for i, image in enumerate(of_class) if i not in chosen])
+
+
+def _write_textures(folder: Path) -> None:
+    import skimage.data
+
+    for name in ("brick", "grass", "gravel"):
+        photograph = getattr(skimage.data, name)()
+        rng = np.random.default_rng((SEED, len(name)))
+        middle = photograph.shape[1] // 2
+        _save(folder / "train" / name, _patches(photograph[:, :middle], FEW, rng))
+        _save(folder / "test" / name, _patches(photograph[:, middle:], 100, rng))
+
+
+def _patches(area: NDArray[np.uint8], count: int, rng: np.random.Generator) -> Iterable[NDArray[np.uint8]]:
+    tops = rng.integers(0, area.shape[0] - PATCH, count)
+    lefts = rng.integers(0, area.shape[1] - PATCH, count)
+    return (area[top : top + PATCH, left : left + PATCH] for top, left in zip(tops, lefts, strict=True))
+
+
+def _save(folder: Path, pictures: Iterable[NDArray[np.uint8]]) -> None:
+    """Pictures [h, w] or [h, w, 3] RGB as numbered PNG files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures):
+        image = picture if picture.ndim == 2 else picture[..., ::-1]
+        encoded = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
+        (folder / f"{number:04d}.png").write_bytes(encoded.tobytes())

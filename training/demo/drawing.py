@@ -1,0 +1,202 @@
+"""The demo's upstream pictures: glyphs in the fonts that matplotlib ships, and procedural textures. 40 × 40 pixels.
+
+Everything a network must learn to ignore is drawn at random: colour, size, place, rotation, blur, low resolution, noise.
+Clean, sharp glyphs alone teach nothing that transfers (measured), so nothing here is clean.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import matplotlib as mpl
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 40
+GLYPHS = [chr(code) for code in range(33, 127)]
+FONTS = [
+    *(f"DejaVu{family}{style}" for family in ("Sans", "SansMono") for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+    *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
+    "cmtt10",
+    "cmss10",
+]
+Picture = NDArray[np.uint8]
+Rng = np.random.Generator
+
+
+def glyph(character: str, font: str, rng: Rng) -> Picture:
+    """One drawing of a character, uint8 [40, 40, 3]."""
+    mask = _mask(character, font)
+    scale = rng.uniform(0.75, 1.5) * SIDE / 64
+    turn = cv2.getRotationMatrix2D((32, 32), rng.uniform(-18, 18), scale)
+    turn[:, 2] += SIDE / 2 - 32 + rng.uniform(-4, 4, 2)
+    turn[0, :2] *= rng.uniform(0.8, 1.2)
+    coverage = cv2.warpAffine(mask, turn, (SIDE, SIDE), flags=cv2.INTER_AREA).astype(np.float32) / 255
+    return _finish(coverage, rng)
+
+
+def texture(name: str, rng: Rng) -> Picture:
+    """One drawing of a texture class, uint8 [40, 40, 3]."""
+    angle, phase = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi, 2)
+    zoom = rng.uniform(0.8, 1.25)
+    y, x = (np.mgrid[:SIDE, :SIDE] - SIDE / 2).astype(np.float32) * zoom
+    u, v = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
+    values = TEXTURES[name](u + phase[0] * 4, v + phase[1] * 4, rng)
+    low, high = np.percentile(values, (2, 98))
+    return _finish(np.clip((values - low) / max(high - low, 1e-6), 0, 1).astype(np.float32), rng)
+
+
+@lru_cache(maxsize=4096)
+def _mask(character: str, font: str) -> Picture:
+    path = Path(mpl.get_data_path(), "fonts", "ttf", f"{font}.ttf")
+    image = Image.new("L", (64, 64))
+    face = ImageFont.truetype(str(path), 48)
+    ImageDraw.Draw(image).text((32, 32), character, fill=255, font=face, anchor="mm")
+    return np.asarray(image)
+
+
+def _finish(coverage: NDArray[np.float32], rng: Rng) -> Picture:
+    """[40, 40] in [0, 1] → two colours, then low resolution, blur, a change of light and noise."""
+    ink, paper = _colours(rng)
+    image = coverage[..., None] * ink + (1 - coverage[..., None]) * paper
+    if rng.random() < 0.5:
+        small = int(rng.integers(8, 24))
+        image = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)
+        image = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
+    if rng.random() < 0.4:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.6))
+    slope = np.linspace(-1, 1, SIDE, dtype=np.float32) * rng.uniform(-30, 30)
+    image = image + (slope[:, None, None] if rng.random() < 0.5 else slope[None, :, None])
+    image = image + rng.normal(0, rng.uniform(0, 20), image.shape)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def _colours(rng: Rng) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Two colours [3] that can be told apart; in a third of the pictures both are gray, as they often are at the tenants'."""
+    gray = rng.random() < 0.35
+    while True:
+        ink, paper = rng.uniform(0, 255, (2, 1 if gray else 3)).astype(np.float32)
+        if np.abs(ink - paper).mean() >= 60:
+            return np.broadcast_to(ink, 3), np.broadcast_to(paper, 3)
+
+
+def _noise(exponent: float) -> Callable[..., NDArray[np.float32]]:
+    """Gaussian noise with the spectrum 1/f^exponent."""
+
+    def draw(u: NDArray[np.float32], v: NDArray[np.float32], rng: Rng) -> NDArray[np.float32]:
+        frequency = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE)[None])
+        frequency[0, 0] = 1
+        spectrum = np.fft.rfft2(rng.normal(size=(SIDE, SIDE))) / frequency**exponent
+        return np.fft.irfft2(spectrum, s=(SIDE, SIDE)).astype(np.float32)
+
+    return draw
+
+
+def _cells(count: int, edges: bool) -> Callable[..., NDArray[np.float32]]:
+    """Voronoi cells of `count` random points: a random gray per cell, or the distance to the cell's edge."""
+
+    def draw(u: NDArray[np.float32], v: NDArray[np.float32], rng: Rng) -> NDArray[np.float32]:
+        points = rng.uniform(0, SIDE, (count, 2))
+        y, x = np.mgrid[:SIDE, :SIDE]
+        distance = np.hypot(y[..., None] - points[:, 0], x[..., None] - points[:, 1])
+        if not edges:
+            return rng.random(count)[distance.argmin(-1)].astype(np.float32)
+        nearest = np.partition(distance, 1, axis=-1)
+        return np.minimum(nearest[..., 1] - nearest[..., 0], 2.0).astype(np.float32)
+
+    return draw
+
+
+def _bricks(width: float, height: float) -> Callable[..., NDArray[np.float32]]:
+    def draw(u: NDArray[np.float32], v: NDArray[np.float32], rng: Rng) -> NDArray[np.float32]:
+        row = np.floor(v / height)
+        across, along = v % height, (u + (row % 2) * width / 2) % width
+        tone = np.sin(row * 12.9 + np.floor((u + (row % 2) * width / 2) / width) * 78.2) * 0.25
+        return np.where((across < 1.3) | (along < 1.3), 0.0, 0.75 + tone).astype(np.float32)
+
+    return draw
+
+
+def _blades(length: float, count: int) -> Callable[..., NDArray[np.float32]]:
+    """Short strokes of like direction, as grass or hair."""
+
+    def draw(u: NDArray[np.float32], v: NDArray[np.float32], rng: Rng) -> NDArray[np.float32]:
+        canvas = np.zeros((SIDE, SIDE), np.float32)
+        main = rng.uniform(0, np.pi)
+        for start in rng.uniform(-5, SIDE + 5, (count, 2)):
+            angle = main + rng.normal(0, 0.35)
+            end = start + length * np.array([np.cos(angle), np.sin(angle)])
+            first, last = (int(start[0]), int(start[1])), (int(end[0]), int(end[1]))
+            cv2.line(canvas, first, last, float(rng.uniform(0.3, 1)), 1, cv2.LINE_AA)
+        return canvas
+
+    return draw
+
+
+def _pebbles(size: float) -> Callable[..., NDArray[np.float32]]:
+    """Overlapping discs, each lit from one side, as gravel."""
+
+    def draw(u: NDArray[np.float32], v: NDArray[np.float32], rng: Rng) -> NDArray[np.float32]:
+        canvas = np.zeros((SIDE, SIDE), np.float32)
+        y, x = np.mgrid[:SIDE, :SIDE]
+        for centre in rng.uniform(0, SIDE, (int(2600 / size**2), 2)):
+            radius = size * rng.uniform(0.5, 1.2)
+            dy, dx = (y - centre[0]) / radius, (x - centre[1]) / radius
+            inside = dy**2 + dx**2 < 1
+            canvas[inside] = (rng.uniform(0.4, 0.8) - 0.3 * (dy + dx))[inside]
+        return canvas
+
+    return draw
+
+
+def _dots(u: NDArray[np.float32], v: NDArray[np.float32], step: float) -> NDArray[np.float32]:
+    return (np.hypot(u % step - step / 2, v % step - step / 2) < step * 0.3).astype(np.float32)
+
+
+TEXTURES: dict[str, Callable[[NDArray[np.float32], NDArray[np.float32], Rng], NDArray[np.float32]]] = {
+    "bricks-narrow": _bricks(8, 4.5),
+    "bricks-wide": _bricks(15, 7),
+    "cells-large": _cells(12, edges=False),
+    "cells-small": _cells(60, edges=False),
+    "checks-large": lambda u, v, rng: np.sign(np.sin(u / 2.4) * np.sin(v / 2.4)),
+    "checks-small": lambda u, v, rng: np.sign(np.sin(u * 0.9) * np.sin(v * 0.9)),
+    "cracks": _cells(14, edges=True),
+    "dots-large": lambda u, v, rng: _dots(u, v, 10),
+    "dots-small": lambda u, v, rng: _dots(u, v, 5),
+    "grass-long": _blades(14, 90),
+    "grass-short": _blades(6, 160),
+    "grating-coarse": lambda u, v, rng: np.sin(u / 2.2),
+    "grating-fine": lambda u, v, rng: np.sin(u * 1.1),
+    "marble": lambda u, v, rng: np.sin(u / 2.5 + 2.5 * cv2.GaussianBlur(_noise(1.5)(u, v, rng), (0, 0), 1) / 8),
+    "noise-0": _noise(0),
+    "noise-1": _noise(1),
+    "noise-2": _noise(2),
+    "pebbles-large": _pebbles(6),
+    "pebbles-small": _pebbles(3.2),
+    "plaid": lambda u, v, rng: np.sin(u / 1.8) + np.sin(v / 1.8),
+    "rays": lambda u, v, rng: np.sin(9 * np.arctan2(v, u)),
+    "rings": lambda u, v, rng: np.sin(np.hypot(u, v) / 1.5),
+    "spots": lambda u, v, rng: (_noise(1.6)(u, v, rng) > 0).astype(np.float32),
+    "weave": lambda u, v, rng: np.where(np.sin(u / 2) * np.sin(v / 2) > 0, np.sin(u * 1.5), np.sin(v * 1.5)),
+}
+
+
+def upstream_class(name: str, seed: int, count: int) -> Iterator[Picture]:
+    """`count` pictures of one class: a texture by its name, a glyph as u<code point in hex>."""
+    if name in TEXTURES:
+        rng = np.random.default_rng((seed, sorted(TEXTURES).index(name), 1))
+        for _ in range(count):
+            yield texture(name, rng)
+        return
+    character = chr(int(name[1:], 16))
+    fonts = [font for font in FONTS if font != "cmss10" or character.isalnum()]  # its punctuation is elsewhere
+    rng = np.random.default_rng((seed, ord(character), 0))
+    for number in range(count):
+        yield glyph(character, fonts[number % len(fonts)], rng)
+
+
+def upstream_classes() -> list[str]:
+    return [*(f"u{ord(character):04x}" for character in GLYPHS), *TEXTURES]

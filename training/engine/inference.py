@@ -1,0 +1,34 @@
+"""Answers of a network on a whole split, by torch: what evaluation and the export's parity check compare with."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from training.data.batches import eval_batches
+from training.data.shards import Split
+from training.models.resnet import ResNet, normalize
+
+
+@torch.inference_mode()
+def predict(model: ResNet, split: Split, size: int, batch_size: int, multi_label: bool) -> NDArray[np.float32]:
+    """Probabilities [n, C] in the split's order; pictures are squashed to size × size."""
+    device = next(model.parameters()).device
+    model.eval()
+    rows = []
+    for images, _, _ in eval_batches(split, size, batch_size):
+        logits = model(normalize(torch.from_numpy(images).to(device)))
+        rows.append(torch.sigmoid(logits) if multi_label else torch.softmax(logits, 1))
+    return torch.cat(rows).cpu().numpy()
+
+
+def score(probabilities: NDArray[np.float32], targets: NDArray[np.generic]) -> dict[str, float]:
+    """accuracy (several labels a picture: the share of exactly right label sets) and log_loss over [n, C] answers."""
+    eps = 1e-7
+    clipped = np.clip(probabilities, eps, 1 - eps)
+    if targets.ndim == 2:
+        exact = ((probabilities > 0.5) == (targets > 0.5)).all(1)
+        losses = -(targets * np.log(clipped) + (1 - targets) * np.log(1 - clipped)).sum(1)
+        return {"accuracy": float(exact.mean()), "log_loss": float(losses.mean())}
+    chosen = clipped[np.arange(len(targets)), targets.astype(np.int64)]
+    right = probabilities.argmax(1) == targets
+    return {"accuracy": float(right.mean()), "log_loss": float(-np.log(chosen).mean())}

@@ -1,0 +1,165 @@
+"""MLflow, for all of training: runs, metrics, artifacts, registered versions, aliases. The one importer of mlflow."""
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+UPSTREAM_MODEL = "bit-upstream"
+CHAMPION, CHALLENGER = "champion", "challenger"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One MLflow run of a stage. Without a client (ranks above 0) it records nothing."""
+
+    client: MlflowClient | None
+    run_id: str
+    artifact_uri: str
+
+    def metrics(self, figures: Mapping[str, float], step: int = 0) -> None:
+        if self.client:
+            now = int(time.time() * 1000)
+            self.client.log_batch(self.run_id, [Metric(name, value, now, step) for name, value in figures.items()])
+
+    def metrics_of(self, series: str) -> Callable[[Mapping[str, float], int], None]:
+        """`metrics`, with every name below `series/`: a second curve in the same run."""
+        return lambda figures, step: self.metrics({f"{series}/{name}": v for name, v in figures.items()}, step)
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        if self.client:
+            self.client.log_artifact(self.run_id, str(path), folder)
+
+    def register(self, model: str, folder: str, tags: Mapping[str, str]) -> str:
+        """The run's artifact folder as a new version of a registered model; returns the version's number.
+
+        The version gets the alias `challenger`: it is on trial until somebody moves `champion` to it.
+        """
+        assert self.client is not None, "only rank 0 registers"
+        ensure_model(self.client, model)
+        source = f"{self.artifact_uri}/{folder}"
+        made = self.client.create_model_version(model, source, self.run_id, tags=dict(tags), await_creation_for=None)
+        self.client.set_registered_model_alias(model, CHALLENGER, str(made.version))
+        return str(made.version)
+
+
+@contextmanager
+def start(
+    uri: str,
+    stage: str,
+    tenant: str | None,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    active: bool = True,
+) -> Iterator[Run]:
+    """A run of `stage` in the experiment of its tenant (or `bit-upstream`); ends FINISHED, FAILED or KILLED.
+
+    active: false on ranks above 0, whose run records nothing.
+    """
+    if not active:
+        yield Run(None, "", "")
+        return
+    client = connect(uri)
+    experiment = ensure_experiment(client, uri, tenant or UPSTREAM_MODEL)
+    all_tags = {"stage": stage, "tenant": tenant or "", "git.commit": git_commit(), **tags}
+    run = client.create_run(experiment, run_name=f"{stage}-{tenant}" if tenant else stage, tags=all_tags)
+    values = [Param(name, str(value)) for name, value in flatten(params).items()]
+    client.log_batch(run.info.run_id, params=values)
+    try:
+        yield Run(client, run.info.run_id, run.info.artifact_uri or "")
+    except (KeyboardInterrupt, SystemExit):
+        client.set_terminated(run.info.run_id, "KILLED")
+        raise
+    except BaseException:
+        client.set_terminated(run.info.run_id, "FAILED")
+        raise
+    client.set_terminated(run.info.run_id, "FINISHED")
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of the tracking server or database `uri`; the folder of an SQLite file is made when it isn't there."""
+    if path := sqlite_path(uri):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(uri)
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of an SQLite URI, None for any other."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def ensure_experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """The experiment's id. Beside an SQLite file the artifacts get their folder next to it; a server knows its own."""
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    path = sqlite_path(uri)
+    location = (path.parent.resolve() / "artifacts" / name).as_uri() if path else None
+    try:
+        return str(client.create_experiment(name, artifact_location=location))
+    except MlflowException:  # another process was faster
+        if found := client.get_experiment_by_name(name):
+            return str(found.experiment_id)
+        raise
+
+
+def ensure_model(client: MlflowClient, name: str) -> None:
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def version_at(client: MlflowClient, model: str, alias: str) -> ModelVersion | None:
+    """The version that an alias points to, None where the alias (or the model) is not there."""
+    try:
+        return client.get_model_version_by_alias(model, alias)
+    except MlflowException as error:
+        if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
+            return None
+        raise
+
+
+def versions(client: MlflowClient, model: str) -> list[ModelVersion]:
+    """All versions of a model, newest first."""
+    found = client.search_model_versions(f"name = '{model}'")
+    return sorted(found, key=lambda version: int(version.version), reverse=True)
+
+
+def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+def git_commit() -> str:
+    """The commit that the code is of. Pods have no .git: there BIT_GIT_COMMIT says it."""
+    if commit := os.environ.get("BIT_GIT_COMMIT"):
+        return commit
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def dvc_md5(path: Path) -> str:
+    """DVC's hash of a tracked file or folder, read from its .dvc file; "untracked" where there is none."""
+    pointer = path.with_name(f"{path.name}.dvc")
+    if not pointer.is_file():
+        return os.environ.get("BIT_DVC_MD5", "untracked")
+    return str(yaml.safe_load(pointer.read_text())["outs"][0]["md5"])
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
