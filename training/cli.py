@@ -113,6 +113,17 @@ def zoo() -> None:
         print(f"{name:<9} {units:<14} {body:>13,} {head[0]:>15,} {head[1]:>15,}")
 
 
+@app.command()
+def serve(
+    port: Annotated[int, typer.Option(help="Port of the inference service.")] = 8080,
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's server and UI.")] = 5000,
+) -> None:
+    """The inference service and MLflow's server with its UI, in the foreground, until Ctrl-C."""
+    from training import serve as servers
+
+    servers.main(load(), port, mlflow_port)
+
+
 @demo.command("data")
 def demo_data(
     force: Annotated[bool, typer.Option("--force", help="Draw again even where the pictures are there.")] = False,
@@ -120,11 +131,9 @@ def demo_data(
     """Make the demo's three datasets and put them under DVC."""
     from training.demo import data
 
-    if not force and all(source.is_dir() for source in data.SOURCES):
-        print("the demo's pictures are there")
-        return
-    data.write(Path())
-    data.track(Path())
+    if force or not data.is_there(Path()):
+        data.write(Path())
+        data.track(Path())
 
 
 @demo.command("run")

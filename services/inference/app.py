@@ -234,3 +234,7 @@ def main() -> None:
         timeout_graceful_shutdown=30,
         server_header=False,
     )
+
+
+if __name__ == "__main__":
+    main()

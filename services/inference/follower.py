@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from services.inference.engine import Session
 from services.inference.errors import Refused
 from services.inference.metrics import Metrics
-from services.inference.models import Models, Served
+from services.inference.models import CHAMPION, Models, Served
 from services.inference.registry import Registry, RegistryDown, Wanted, timestamp
 
 log = logging.getLogger("bit.follower")
@@ -51,7 +51,7 @@ class Follower:
             del self.refused[stale]
             self.metrics.refused.labels(stale.tenant, stale.version).set(0)
         served_now = {Wanted(served.tenant, served.alias, served.version) for served in self.models.all()}
-        for item in sorted(wanted - served_now - set(self.refused), key=lambda item: (item.alias, item.tenant)):
+        for item in sorted(wanted - served_now - set(self.refused), key=_champions_first):
             self._swap(item)
 
     @staticmethod
@@ -73,7 +73,7 @@ class Follower:
         self.metrics.loaded.labels(item.tenant, item.version).set(served.session.size_bytes)
         self.metrics.swaps.labels(item.tenant).inc()
         log.info("%s@%s is version %s now", item.tenant, item.alias, item.version)
-        state = "live" if item.alias == "champion" else "on trial"
+        state = "live" if item.alias == CHAMPION else "on trial"
         self.registry.report(item, f"{state} since {timestamp()}")
         del old
         gc.collect()
@@ -106,3 +106,7 @@ class Follower:
                 log.exception("a look at the registry failed; what is served stays")
             if self._stop.wait(self.interval_s * random.uniform(0.8, 1.2)):  # noqa: S311 (jitter, not a secret)
                 return
+
+
+def _champions_first(item: Wanted) -> tuple[bool, str]:
+    return item.alias != CHAMPION, item.tenant

@@ -40,9 +40,8 @@ def pages(models: Models, follower: Follower, metrics: Metrics, version: str) ->
         return JSONResponse({"live": True})
 
     async def ready(request: Request) -> Response:
-        """Ready once the registry was read and, if it wants anything, something is served; loads don't take it back."""
-        is_ready = follower.polled or bool(models.all())
-        return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+        """Ready once all that the registry wanted at the start was dealt with; later loads don't take it back."""
+        return JSONResponse({"ready": follower.polled}, 200 if follower.polled else 503)
 
     async def model(request: Request) -> Response:
         name, wanted = request.path_params["name"], request.path_params.get("version")

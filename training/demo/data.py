@@ -33,17 +33,26 @@ SOURCES = (Path("data/upstream"), Path("tenants/digits/pictures"), Path("tenants
 
 
 def write(root: Path, per_class: int = PER_CLASS) -> None:
-    """Writes all three datasets below `root`, replacing what is there."""
-    for source in SOURCES:
-        shutil.rmtree(root / source, ignore_errors=True)
+    """Writes all three datasets below `root`, replacing what is there; each appears whole or not at all."""
+    upstream, digits, textures = partial_folders = [root / f"{source}.partial" for source in SOURCES]
+    for folder in partial_folders:
+        shutil.rmtree(folder, ignore_errors=True)
     names = drawing.upstream_classes()
     with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=get_context("forkserver")) as pool:
-        job = partial(_write_upstream_class, root / SOURCES[0], per_class)
+        job = partial(_write_upstream_class, upstream, per_class)
         for done, _ in enumerate(pool.map(job, names, chunksize=4), 1):
             if done % 30 == 0 or done == len(names):
                 print(f"upstream: {done} of {len(names)} classes drawn", file=sys.stderr)
-    _write_digits(root / SOURCES[1])
-    _write_textures(root / SOURCES[2])
+    _write_digits(digits)
+    _write_textures(textures)
+    for source, folder in zip(SOURCES, partial_folders, strict=True):
+        shutil.rmtree(root / source, ignore_errors=True)
+        folder.rename(root / source)
+
+
+def is_there(root: Path) -> bool:
+    """Whether all three datasets were written to their end: the .dvc file beside each comes last."""
+    return all((root / source).is_dir() and (root / f"{source}.dvc").is_file() for source in SOURCES)
 
 
 def track(root: Path) -> None:

@@ -1,0 +1,44 @@
+# Every target creates or updates .venv by itself, and again when pyproject.toml or constraints.txt changed.
+PYTHON ?= python3
+PORT ?= 8080
+MLFLOW_PORT ?= 5000
+# The CPU build of torch is enough for the demo; for a GPU: make setup TORCH="torch==2.13.0 --index-url <your CUDA index>"
+TORCH ?= torch==2.13.0
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: setup demo serve test lint bench clean
+
+setup: .venv/.stamp
+
+.venv/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	pip install --quiet $(TORCH)
+	pip install --quiet -c constraints.txt -e '.[training,services]'
+	touch $@
+
+.venv/.stamp-dev: .venv/.stamp
+	pip install --quiet -c constraints.txt -e '.[training,services,dev]'
+	touch $@
+
+demo: setup
+	bit demo run
+
+serve: setup
+	bit serve --port $(PORT) --mlflow-port $(MLFLOW_PORT)
+
+lint: .venv/.stamp-dev
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+test: lint
+	pytest
+
+bench: setup
+	python -m benchmarks.run
+
+clean:
+	rm -rf runs .mlflow .checkpoints .serve data/upstream tenants/*/pictures dvc.lock tenants/*/dvc.lock \
+		.dvc/cache/runs  # else DVC would restore receipts of versions that the new MLflow has never seen
