@@ -51,7 +51,9 @@ def decode(data: bytes, min_side: int | None = None) -> Pixels:
     """
     kind = sniff(data)
     if kind is None:
-        raise PictureError(f"not a picture: {len(data)} bytes that begin with {data[:8]!r}. Send JPEG, PNG, WebP, BMP or TIFF.")
+        raise PictureError(
+            f"not a picture: {len(data)} bytes that begin with {data[:8]!r}. Send JPEG, PNG, WebP, BMP or TIFF."
+        )
     size = dimensions(data)
     if size and size[0] * size[1] > MAX_PIXELS:
         raise PictureError(f"a {kind} of {size[0]} × {size[1]} pixels; at most {MAX_PIXELS:,} pixels are read.")

@@ -18,11 +18,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-demo = typer.Typer(help="The demo: its data, and the whole way from pictures to answers over HTTP.", no_args_is_help=True)
+demo = typer.Typer(
+    help="The demo: its data, and the whole way from pictures to answers over HTTP.", no_args_is_help=True
+)
 app.add_typer(demo, name="demo")
 
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of params.yaml; repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of params.yaml; repeatable."),
 ]
 Tenant = Annotated[str, typer.Argument(metavar="TENANT", help="Name of a folder below tenants/.")]
 MaybeTenant = Annotated[str | None, typer.Argument(metavar="[TENANT]", help="A tenant; left out: upstream.")]
@@ -78,7 +81,9 @@ def fleet(overrides: Set = None) -> None:
 @app.command()
 def promote(
     tenant: Tenant,
-    wanted: Annotated[int | None, typer.Option("--version", help="Version to promote; default: the challenger.")] = None,
+    wanted: Annotated[
+        int | None, typer.Option("--version", help="Version to promote; default: the challenger.")
+    ] = None,
 ) -> None:
     """Move the alias champion, after showing what is compared. Services follow within seconds."""
     from training import promote as promotion
@@ -97,7 +102,9 @@ def config(
     overrides: Set = None,
 ) -> None:
     """Print the resolved values that the stages would use."""
-    print(yaml.safe_dump(load(tenant=tenant, overrides=overrides or ()).model_dump(mode="json"), sort_keys=False), end="")
+    print(
+        yaml.safe_dump(load(tenant=tenant, overrides=overrides or ()).model_dump(mode="json"), sort_keys=False), end=""
+    )
 
 
 @app.command()

@@ -39,8 +39,12 @@ class UpstreamConfig(Section):
 class PackConfig(Section):
     """Pictures → shards."""
 
-    source: str | None = Field(None, description="folder, CSV or JSONL; default data/upstream or tenants/<name>/pictures")
-    splits: dict[str, float] = Field({"train": 0.9, "test": 0.1}, description="shares, where the source names no splits")
+    source: str | None = Field(
+        None, description="folder, CSV or JSONL; default data/upstream or tenants/<name>/pictures"
+    )
+    splits: dict[str, float] = Field(
+        {"train": 0.9, "test": 0.1}, description="shares, where the source names no splits"
+    )
     shard_bytes: Positive = Field(256 * 2**20, description="size at which a new shard begins")
     multi_label: bool | None = Field(None, description="several labels a picture; default: as found in the source")
     strict: bool = Field(False, description="refuse the dataset when one picture cannot be read")
@@ -49,7 +53,9 @@ class PackConfig(Section):
 class Optimisation(Section):
     """What upstream and downstream training share beside their schedules."""
 
-    micro_batch: Positive | None = Field(None, description="examples per forward/backward and rank; default: all at once")
+    micro_batch: Positive | None = Field(
+        None, description="examples per forward/backward and rank; default: all at once"
+    )
     flips: bool = Field(True, description="random horizontal flips; false where orientation carries the label")
     crops: bool = Field(True, description="random crops; false where the place in the picture carries the label")
     precision: Precision = Field("fp32", description="bf16 runs the network under autocast; weights stay fp32")
@@ -109,7 +115,9 @@ class EvaluateConfig(Section):
 class ExportConfig(Section):
     golden: int = Field(3, ge=1, le=8, description="test pictures kept in the export with their answers")
     tolerance: float = Field(1e-4, gt=0, description="largest difference allowed between ONNX Runtime and torch")
-    threshold: float | None = Field(None, ge=0, le=1, description="below this probability the service answers `unknown`")
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="below this probability the service answers `unknown`"
+    )
 
 
 class Config(Section):

@@ -1,6 +1,6 @@
 """Stage `evaluate`: a tenant's network on its test pictures → metrics, confusion matrix, the worst mistakes.
 
-    bit evaluate digits
+bit evaluate digits
 """
 
 import csv

@@ -1,6 +1,6 @@
 """Stage `fleet`: every tenant's registered version in one table and one plot.
 
-    bit fleet
+bit fleet
 """
 
 import csv

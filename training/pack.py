@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import cv2
 from rich.console import Console
@@ -76,7 +77,7 @@ def main(config: Config, tenant: str | None = None) -> None:
 
 def pack(
     source: Path, out: Path, stage: PackConfig, processes: int | None = None
-) -> tuple[dict[str, object], list[tuple[str, str]]]:
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Reads every picture of `source` and writes a dataset to `out`; returns its index and the (file, reason) failures.
 
     Without splits in the source, a picture's split follows from a hash of its content, so duplicates stay together.
@@ -88,7 +89,9 @@ def pack(
         raise PackError(str(error)) from None
     multi_label = any(len(record.labels) > 1 for record in records) if stage.multi_label is None else stage.multi_label
     if not multi_label and (several := next((r for r in records if len(r.labels) > 1), None)):
-        raise PackError(f"{several.path} has the labels {', '.join(several.labels)}; set pack.multi_label: true to allow several.")
+        raise PackError(
+            f"{several.path} has the labels {', '.join(several.labels)}; set pack.multi_label: true to allow several."
+        )
     classes = sorted({label for record in records for label in record.labels})
     number = {label: index for index, label in enumerate(classes)}
     failures: list[tuple[str, str]] = []
@@ -107,13 +110,18 @@ def pack(
 
     settings = stage.model_dump(include={"splits", "shard_bytes"})
     out.mkdir(parents=True, exist_ok=True)
-    index = shards.write(out, examples(), classes, multi_label, stage.shard_bytes, settings)
-    with (out / ERRORS).open("w", newline="") as file:
-        csv.writer(file).writerows([("file", "reason"), *failures])
+    try:
+        index = shards.write(out, examples(), classes, multi_label, stage.shard_bytes, settings)
+    except shards.DatasetError as error:
+        raise PackError(str(error)) from None
+    finally:
+        with (out / ERRORS).open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([("file", "reason"), *failures])
     if failures:
         print(f"{len(failures)} of {len(records)} pictures were left out; reasons in {out / ERRORS}", file=sys.stderr)
         if stage.strict:
-            raise PackError(f"pack.strict: {failures[0][0]}: {failures[0][1]} ({len(failures)} in all, see {out / ERRORS})")
+            first = ": ".join(failures[0])
+            raise PackError(f"pack.strict: {first} ({len(failures)} in all, see {out / ERRORS})")
     return index, failures
 
 

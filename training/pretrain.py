@@ -30,11 +30,16 @@ def main(config: Config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "weights.npz"
     if config.upstream.weights:
-        return _adopt(config, weights)
+        _adopt(config, weights)
+    else:
+        _train(config, weights)
+
+
+def _train(config: Config, weights: Path) -> None:
+    """The network trained on the packed upstream pictures."""
     packed = receipt.read("pack")
     data = Dataset.open(packed.outputs["dataset"].uri)
     stage = config.pretrain
-    fingerprint = receipt.hash_of(stage, config.upstream, data.fingerprint)
     recipe = Recipe(
         steps=stage.steps,
         global_batch=stage.global_batch,
@@ -58,13 +63,11 @@ def main(config: Config) -> None:
         tracking.start(config.tracking_uri, STAGE, None, params, inputs, active=world.is_main) as run,
     ):
         fingerprint = receipt.hash_of(stage, config.upstream, data.fingerprint)
-        history = fit(
-            model, recipe, data, view, world, name="upstream", fingerprint=fingerprint, record=run.metrics
-        )
+        history = fit(model, recipe, data, view, world, name="upstream", fingerprint=fingerprint, record=run.metrics)
         if world.is_main:
             npz.save(model, weights)
-            plots.learning_curves({"upstream": history}, out / "learning_curves.png")
-            run.artifact(out / "learning_curves.png", "plots")
+            plots.learning_curves({"upstream": history}, weights.with_name("learning_curves.png"))
+            run.artifact(weights.with_name("learning_curves.png"), "plots")
             metrics = {name: values[-1][1] for name, values in history.items() if name.startswith(("test_", "loss"))}
             _register(config, weights, run, inputs, metrics)
 

@@ -1,7 +1,7 @@
 """Promotion: the alias `champion` moved to a version, after showing what is compared. No stage: a person's decision.
 
-    bit promote digits            (the challenger, or the newest version)
-    bit promote digits --version 3
+bit promote digits            (the challenger, or the newest version)
+bit promote digits --version 3
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Promotion:
 
 
 def compare(uri: str, tenant: str, version: int | None = None) -> Promotion:
-    """Champion and candidate of a tenant. Raises ConfigError where the model or the version isn't there or didn't pass."""
+    """Champion and candidate of a tenant. Raises ConfigError where the version isn't there or did not pass."""
     client = tracking.connect(uri)
     known = tracking.versions(client, tenant)
     if not known:
@@ -47,8 +47,8 @@ def compare(uri: str, tenant: str, version: int | None = None) -> Promotion:
         raise ConfigError(f"{tenant} has no version {version}. Choices: {', '.join(map(str, sorted(by_number)))}.")
     if candidate.tags.get("validation") != "passed":
         raise ConfigError(
-            f"version {candidate.version} of {tenant} has no tag validation=passed: its export was never checked, and the "
-            "service would refuse it. Choose another version or run the pipeline again."
+            f"version {candidate.version} of {tenant} has no tag validation=passed: its export was never "
+            "checked, and the service would refuse it. Choose another version or run the pipeline again."
         )
     return Promotion(tenant, tracking.version_at(client, tenant, tracking.CHAMPION), candidate)
 
@@ -64,4 +64,5 @@ def _describe(version: ModelVersion | None) -> str:
         return "none yet"
     tags = version.tags
     accuracy = f"{float(tags['accuracy']):.1%}" if "accuracy" in tags else "unknown"
-    return f"version {version.version} · accuracy {accuracy} · arch {tags.get('arch', '?')} · data {tags.get('dvc.md5', '?')[:12]}"
+    arch, data = tags.get("arch", "unknown"), tags.get("dvc.md5", "unknown")[:12]
+    return f"version {version.version} · accuracy {accuracy} · arch {arch} · data {data}"

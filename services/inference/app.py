@@ -1,7 +1,7 @@
 """bit-serve: the composition root, and the inference paths as plain ASGI (28 k requests/s where a framework does 12 to 22 k).
 
-    POST /v1/<tenant>[@<alias>]/classify      body: one picture
-    POST /v2/models/<tenant>[@<alias>][/versions/<n>]/infer
+POST /v1/<tenant>[@<alias>]/classify      body: one picture
+POST /v2/models/<tenant>[@<alias>][/versions/<n>]/infer
 """
 
 import asyncio

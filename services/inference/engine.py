@@ -58,7 +58,9 @@ class Session:
         self.card = Card.of(self._session.get_modelmeta().custom_metadata_map)
         self.size_bytes = len(data)
 
-    def run(self, pixels: NDArray[np.uint8], outputs: tuple[str, ...] = ("probabilities",)) -> list[NDArray[np.float32]]:
+    def run(
+        self, pixels: NDArray[np.uint8], outputs: tuple[str, ...] = ("probabilities",)
+    ) -> list[NDArray[np.float32]]:
         """uint8 [N, S, S, 3] → the named outputs."""
         return self._session.run(list(outputs), {"pixels": pixels})
 

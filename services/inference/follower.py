@@ -85,7 +85,9 @@ class Follower:
         """A verified, warm version. One that another alias serves already is shared, not loaded twice."""
         for served in self.models.all():
             if served.tenant == item.tenant and served.version == item.version:
-                return Served(item.tenant, item.version, item.alias, served.sha256, served.session, served.golden_difference)
+                return Served(
+                    item.tenant, item.version, item.alias, served.sha256, served.session, served.golden_difference
+                )
         data, sha256 = self.registry.fetch(item)
         session = Session(data)
         difference = session.check_golden()

@@ -27,11 +27,20 @@ class Metrics:
             buckets=LATENCY_BUCKETS,
             registry=self.registry,
         )
-        self.queue = Gauge("bit_queue_seconds", "Work that waits, in seconds of this machine's time", registry=self.registry)
-        self.in_flight = Gauge("bit_in_flight_requests", "Requests accepted and not yet answered", registry=self.registry)
-        self.loaded = Gauge("bit_model_bytes", "Size of each served export", ("tenant", "version"), registry=self.registry)
+        self.queue = Gauge(
+            "bit_queue_seconds", "Work that waits, in seconds of this machine's time", registry=self.registry
+        )
+        self.in_flight = Gauge(
+            "bit_in_flight_requests", "Requests accepted and not yet answered", registry=self.registry
+        )
+        self.loaded = Gauge(
+            "bit_model_bytes", "Size of each served export", ("tenant", "version"), registry=self.registry
+        )
         self.swaps = Counter("bit_swaps_total", "Versions put into service", ("tenant",), registry=self.registry)
         self.refused = Gauge(
-            "bit_refused_version", "1 while the wanted version is refused", ("tenant", "version"), registry=self.registry
+            "bit_refused_version",
+            "1 while the wanted version is refused",
+            ("tenant", "version"),
+            registry=self.registry,
         )
         self.registry_up = Gauge("bit_registry_up", "1 while the registry answers", registry=self.registry)

@@ -47,7 +47,9 @@ def parse(body: bytes, json_length: int | None, resolution: int) -> InferRequest
         if name not in OUTPUTS:
             raise BadRequest(f"unknown output {name!r}. Choices: {', '.join(OUTPUTS)}.")
     all_binary = bool(parameters.get("binary_data_output"))
-    binary = {n for n, o in zip(names, wanted, strict=True) if (o.get("parameters") or {}).get("binary_data", all_binary)}
+    binary = {
+        n for n, o in zip(names, wanted, strict=True) if (o.get("parameters") or {}).get("binary_data", all_binary)
+    }
     identifier = request.get("id")
     return InferRequest(None if identifier is None else str(identifier), pixels, names, frozenset(binary))
 
@@ -78,7 +80,9 @@ def _tensor(tensor: Any, raw: bytes, resolution: int) -> NDArray[np.uint8]:
     return values.astype(np.uint8).reshape(shape)
 
 
-def render(served: Served, name: str, request: InferRequest, rows: list[NDArray[np.float32]]) -> tuple[bytes, int | None]:
+def render(
+    served: Served, name: str, request: InferRequest, rows: list[NDArray[np.float32]]
+) -> tuple[bytes, int | None]:
     """The response's body and, where it ends in binary tensors, the length of its JSON part."""
     outputs, tail = [], []
     for output, array in zip(request.outputs, rows, strict=True):

@@ -143,8 +143,10 @@ class Scheduler:
         took, start = time.monotonic() - began, 0
         for work in batch:
             work.timings["infer"] = took
-            rows = [r if name == "head_weight" else r[start : start + len(work)]
-                    for name, r in zip(first.outputs, results, strict=True)]
+            rows = [
+                r if name == "head_weight" else r[start : start + len(work)]
+                for name, r in zip(first.outputs, results, strict=True)
+            ]
             start += len(work)
             self._loop.call_soon_threadsafe(_resolve, work.answer, rows)
 

@@ -5,6 +5,7 @@ examples, cropped and flipped alike. Small splits are decoded once and kept as u
 order that reads the shards window by window.
 """
 
+import contextlib
 import os
 import queue
 import threading
@@ -99,10 +100,9 @@ class Stream:
 
         def put(item: Batch | BaseException) -> None:
             while not abandoned.is_set():
-                try:
-                    return made.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
+                with contextlib.suppress(queue.Full):
+                    made.put(item, timeout=0.1)
+                    return
 
         def work() -> None:
             try:

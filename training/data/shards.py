@@ -61,7 +61,7 @@ class ShardWriter:
             self.close()
             self.name = f"{self.split}-{len(self.shards):05d}.tar"
             self.count = 0
-            self.tar = tarfile.open(self.folder / self.name, "w", format=tarfile.USTAR_FORMAT)
+            self.tar = tarfile.TarFile(self.folder / self.name, "w", format=tarfile.USTAR_FORMAT)
         offset = self.tar.offset + tarfile.BLOCKSIZE
         self._member(f"{example.key}.{example.suffix}", example.data)
         self._member(f"{example.key}.json", json.dumps({"labels": list(example.labels)}).encode())
@@ -125,6 +125,8 @@ def write(
             "shards": writer.shards,
         }
         rows += writer.rows
+    if not rows:
+        raise DatasetError("not one picture could be packed; errors.csv beside the shards says why")
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / EXAMPLES)
     widths, heights = [row["width"] for row in rows], [row["height"] for row in rows]
     index = {
@@ -177,9 +179,13 @@ class Dataset:
                 data = file.read()
             index = json.loads(data)
         except (OSError, ValueError) as error:
-            raise DatasetError(f"{url} is not a packed dataset: {INDEX} cannot be read ({error}). Run `bit pack`.") from error
+            raise DatasetError(
+                f"{url} is not a packed dataset: {INDEX} cannot be read ({error}). Run `bit pack`."
+            ) from error
         if index.get("format") != FORMAT:
-            raise DatasetError(f"{url} has format {index.get('format')!r}, this code reads {FORMAT}. Run `bit pack` again.")
+            raise DatasetError(
+                f"{url} has format {index.get('format')!r}, this code reads {FORMAT}. Run `bit pack` again."
+            )
         return cls(url, index, hashlib.sha256(data).hexdigest())
 
     @property
@@ -195,7 +201,9 @@ class Dataset:
         with fsspec.open(posixpath.join(self.url, EXAMPLES), "rb") as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != self.index["examples_sha256"]:
-            raise DatasetError(f"{self.url}/{EXAMPLES} does not match {INDEX}: one of them is damaged. Run `bit pack` again.")
+            raise DatasetError(
+                f"{self.url}/{EXAMPLES} does not match {INDEX}: one of them is damaged. Run `bit pack` again."
+            )
         return pq.read_table(io.BytesIO(data))
 
     def split(self, name: str) -> "Split":

@@ -60,13 +60,17 @@ def _table(path: Path) -> Iterator[Record]:
         place = f"{path}, row {number}"
         if missing := {"path"} - row.keys() or ({"label or labels"} if not row.keys() & {"label", "labels"} else set()):
             found = ", ".join(map(str, row))
-            raise SourceError(f"{place}: no column {missing.pop()!r}; found {found}. Expected: path, label or labels[, split].")
+            raise SourceError(
+                f"{place}: no column {missing.pop()!r}; found {found}. Expected: path, label or labels[, split]."
+            )
         labels = _labels(row)
         if not labels:
             raise SourceError(f"{place}: no label for {row['path']!r}.")
         picture = (root / str(row["path"])).resolve()
         if not picture.is_relative_to(root):
-            raise SourceError(f"{place}: {row['path']!r} lies outside {path.parent}; only pictures beneath it are read.")
+            raise SourceError(
+                f"{place}: {row['path']!r} lies outside {path.parent}; only pictures beneath it are read."
+            )
         yield Record(path.parent / picture.relative_to(root), labels, row.get("split") or None)
 
 

@@ -2,7 +2,7 @@
 
     bit demo data
 
-data/upstream             94 glyphs and 24 procedural textures, 252 pictures each
+data/upstream             94 glyphs, 252 pictures each, and 24 procedural textures, 504 each
 tenants/digits/pictures   scikit-learn's handwritten digits: 10 a class to train on, the other 1,697 to test
 tenants/textures/pictures brick, grass and gravel from scikit-image's photographs: 10 patches a class to train on, 100 to test,
                           from different halves of each photograph
@@ -62,7 +62,8 @@ def track(root: Path) -> None:
 
 
 def _write_upstream_class(folder: Path, per_class: int, name: str) -> None:
-    _save(folder / name, drawing.upstream_class(name, SEED, per_class))
+    count = 2 * per_class if name in drawing.TEXTURES else per_class  # a texture varies more than a glyph
+    _save(folder / name, drawing.upstream_class(name, SEED, count))
 
 
 def _write_digits(folder: Path) -> None:

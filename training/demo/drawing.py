@@ -17,7 +17,11 @@ from PIL import Image, ImageDraw, ImageFont
 SIDE = 40
 GLYPHS = [chr(code) for code in range(33, 127)]
 FONTS = [
-    *(f"DejaVu{family}{style}" for family in ("Sans", "SansMono") for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(
+        f"DejaVu{family}{style}"
+        for family in ("Sans", "SansMono")
+        for style in ("", "-Bold", "-Oblique", "-BoldOblique")
+    ),
     *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
     *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
     "cmtt10",
@@ -41,7 +45,7 @@ def glyph(character: str, font: str, rng: Rng) -> Picture:
 def texture(name: str, rng: Rng) -> Picture:
     """One drawing of a texture class, uint8 [40, 40, 3]."""
     angle, phase = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi, 2)
-    zoom = rng.uniform(0.8, 1.25)
+    zoom = rng.uniform(0.65, 1.5)
     y, x = (np.mgrid[:SIDE, :SIDE] - SIDE / 2).astype(np.float32) * zoom
     u, v = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
     values = TEXTURES[name](u + phase[0] * 4, v + phase[1] * 4, rng)
@@ -75,8 +79,8 @@ def _finish(coverage: NDArray[np.float32], rng: Rng) -> Picture:
 
 
 def _colours(rng: Rng) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Two colours [3] that can be told apart; in a third of the pictures both are gray, as they often are at the tenants'."""
-    gray = rng.random() < 0.35
+    """Two colours [3] that can be told apart; in half of the pictures both are gray, as they often are at the tenants'."""
+    gray = rng.random() < 0.5
     while True:
         ink, paper = rng.uniform(0, 255, (2, 1 if gray else 3)).astype(np.float32)
         if np.abs(ink - paper).mean() >= 60:

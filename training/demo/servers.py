@@ -84,4 +84,6 @@ def _must_be_free(port: int, variable: str) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise ConfigError(f"port {port} is taken ({error.strerror}). Choose another: make serve {variable}=<port>") from None
+            raise ConfigError(
+                f"port {port} is taken ({error.strerror}). Choose another: make serve {variable}=<port>"
+            ) from None

@@ -67,9 +67,7 @@ class Checkpoints:
             )
         state = _state(model, optimizer)
         dcp.load(state, checkpoint_id=complete[-1], no_dist=world.size == 1)
-        set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         return int(meta["step"])
 
     def complete(self) -> list[Path]:

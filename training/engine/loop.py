@@ -113,7 +113,12 @@ def train(
                         f"the loss is {mean_loss} after step {steps} (lr {lr:g}). Lower lr; the last good checkpoint is "
                         f"{kept[-1] if kept else 'none yet'}."
                     )
-                figures = {"loss": mean_loss, "lr": lr, "pictures_per_s": count / elapsed, "data_wait": waited / elapsed}
+                figures = {
+                    "loss": mean_loss,
+                    "lr": lr,
+                    "pictures_per_s": count / elapsed,
+                    "data_wait": waited / elapsed,
+                }
                 if due:
                     figures |= {f"test_{name}": value for name, value in evaluate().items()}
                     model.train()

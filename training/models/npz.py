@@ -8,6 +8,7 @@ Pickled content is never read.
 import re
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -62,14 +63,8 @@ def load(model: ResNet, path: str | Path, head: bool = True) -> ResNet:
 
     Raises WeightsError when the file is not a readable .npz, a key or shape does not fit, or a value is not finite.
     """
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("a single array, not an archive of named ones")
+    with _open(path) as archive, torch.no_grad():
         keys = {canonical(key): key for key in archive.files}
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise WeightsError(f"{path} is not a BiT weights file (.npz): {error}") from None
-    with archive, torch.no_grad():
         for key, parameter in layout(model):
             if key in HEAD and not head:
                 continue
@@ -81,7 +76,7 @@ def load(model: ResNet, path: str | Path, head: bool = True) -> ResNet:
 
 def num_classes(path: str | Path) -> int:
     """Outputs of the head that a weights file holds."""
-    with np.load(path, allow_pickle=False) as archive:
+    with _open(path) as archive:
         for key in archive.files:
             if canonical(key) == HEAD[1]:
                 return int(archive[key].size)
@@ -101,6 +96,19 @@ def canonical(key: str) -> str:
     key = key.replace("norm-pre-head/", "group_norm/").removeprefix("params/")
     key = re.sub(r"group_norm/scale$", "group_norm/gamma", re.sub(r"group_norm/bias$", "group_norm/beta", key))
     return "resnet/" + re.sub(r"^head/", "head/conv2d/", key)
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
+    with Path(path).open("rb") as file:
+        try:
+            archive = np.load(file, allow_pickle=False)
+        except (ValueError, zipfile.BadZipFile, EOFError) as error:
+            raise WeightsError(f"{path} is not a BiT weights file (.npz): {error}") from None
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise WeightsError(f"{path} is not a BiT weights file (.npz) but a single array.")
+        with archive:
+            yield archive
 
 
 def _read(path: str | Path, archive: np.lib.npyio.NpzFile, key: str) -> NDArray[np.float32]:

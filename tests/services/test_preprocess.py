@@ -1,0 +1,115 @@
+"""Decoding: every kind of picture, upright and in RGB; anything else is a clear error and never a crash."""
+
+import io
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from services.preprocess import MAX_PIXELS, PictureError, decode, dimensions, pixels, sniff
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def gradient(width: int = 64, height: int = 48) -> Image.Image:
+    y, x = np.mgrid[:height, :width]
+    stacked = np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 90)], -1)
+    return Image.fromarray(stacked.astype(np.uint8))
+
+
+def close(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
+    return float(np.abs(a.astype(float) - b.astype(float)).mean()) < tolerance
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "tiff", "gif", "webp", "jpeg"])
+def test_every_kind_decodes_to_the_same_rgb(kind: str) -> None:
+    data = saved(
+        gradient(), kind, **({"lossless": True} if kind == "webp" else {"quality": 95} if kind == "jpeg" else {})
+    )
+    image = decode(data)
+    assert image.shape == (48, 64, 3)
+    assert close(image, np.asarray(gradient()), 6)
+    assert sniff(data) == kind
+    assert kind == "tiff" or dimensions(data) == (64, 48)
+
+
+def test_pixels_are_a_square_of_uint8() -> None:
+    made = pixels(saved(gradient(500, 375), "jpeg"), 128)
+    assert (made.shape, made.dtype) == ((128, 128, 3), np.uint8)
+    assert close(made, np.asarray(gradient(500, 375).resize((128, 128), Image.Resampling.BOX)), 4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_as_pillow_does(orientation: int) -> None:
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(gradient(), "jpeg", exif=exif, quality=95)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    assert decode(data).shape == expected.shape
+    assert close(decode(data), expected, 3)
+
+
+def test_gray_palette_alpha_and_sixteen_bits_become_rgb() -> None:
+    gray = gradient().convert("L")
+    assert close(decode(saved(gray, "png")), np.asarray(gray.convert("RGB")), 1)
+    palette = gradient().convert("P")
+    assert close(decode(saved(palette, "png")), np.asarray(palette.convert("RGB")), 1)
+    clear = gradient().convert("RGBA")
+    clear.putalpha(0)
+    assert (decode(saved(clear, "png")) == 255).all()  # transparent is white
+    deep = (np.asarray(gray).astype(np.uint16) << 8) + 77
+    encoded = cv2.imencode(".png", deep)[1].tobytes()
+    assert close(decode(encoded), np.asarray(gray.convert("RGB")), 1)
+
+
+def test_cmyk_jpeg_becomes_rgb() -> None:
+    cmyk = gradient().convert("CMYK")
+    assert close(decode(saved(cmyk, "jpeg", quality=95)), np.asarray(cmyk.convert("RGB")), 12)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [(b"", "0 bytes"), (b"<html>", "<html>"), (b"\x89PNG\r\n\x1a\n" + b"x" * 50, "cannot be decoded")],
+)
+def test_what_is_no_picture_is_named(data: bytes, said: str) -> None:
+    with pytest.raises(PictureError, match=said):
+        decode(data)
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
+    import struct
+
+    header = (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + struct.pack(">II", 60_000, 60_000) + b"\x08\x02\0\0\0"
+    )
+    with pytest.raises(PictureError, match=f"60000 × 60000 pixels; at most {MAX_PIXELS:,}"):
+        decode(header)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(["png", "jpeg", "webp", "bmp", "gif"]), st.data())
+def test_damaged_pictures_never_crash(kind: str, data: st.DataObject) -> None:
+    whole = bytearray(saved(gradient(24, 24), kind))
+    for _ in range(data.draw(st.integers(1, 6))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    cut = bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    try:
+        assert pixels(cut, 16).shape == (16, 16, 3)
+    except PictureError as error:
+        assert str(error)
+
+
+def test_decoding_a_small_jpeg_for_a_small_size_keeps_enough_pixels(picture: Callable[..., bytes]) -> None:
+    image = decode(picture(800, 600, ".jpg"), 128)
+    assert min(image.shape[:2]) >= 128
+    assert image.shape[0] < 600

@@ -1,0 +1,98 @@
+"""The stream: a pure function of (dataset, seed, global batch, step), however it is cut."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.data import augment
+from training.data.batches import Stream, eval_batches
+from training.data.shards import Dataset
+
+VIEW = {"seed": 3, "global_batch": 16, "resize": 20, "crop": 16, "flips": True, "crops": True}
+
+
+def stream(dataset: Dataset, **changes: object) -> Stream:
+    return Stream(dataset.split("train"), **(VIEW | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("num_micro", [1, 2])
+@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+def test_ranks_and_micro_batches_see_the_same_stream(
+    dataset: Dataset, world_size: int, num_micro: int, cache_bytes: int
+) -> None:
+    whole = stream(dataset, cache_bytes=cache_bytes)
+    for step in (0, 2, 7):
+        parts = [
+            stream(dataset, cache_bytes=cache_bytes, rank=rank, world_size=world_size).batch(step, micro, num_micro)
+            for rank in range(world_size)
+            for micro in range(num_micro)
+        ]
+        expected = whole.batch(step)
+        np.testing.assert_array_equal(np.concatenate([part.images for part in parts]), expected.images)
+        np.testing.assert_array_equal(np.concatenate([part.indices for part in parts]), expected.indices)
+
+
+def test_a_resumed_stream_continues_where_it_stopped(dataset: Dataset) -> None:
+    straight = list(stream(dataset).prefetch(0, 9))
+    resumed = list(stream(dataset).prefetch(5, 9))
+    for a, b in zip(straight[5:], resumed, strict=True):
+        np.testing.assert_array_equal(a.images, b.images)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 50), st.integers(0, 1000))
+def test_each_epoch_has_every_example_once(dataset: Dataset, global_batch: int, seed: int) -> None:
+    count = len(dataset.split("train"))
+    made = stream(dataset, global_batch=global_batch, seed=seed)
+    order = np.concatenate([made.indices(step) for step in range(-(-3 * count // global_batch))])
+    for epoch in range(3):
+        assert sorted(order[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_a_split_too_large_for_memory_is_read_shard_by_shard(dataset: Dataset) -> None:
+    made = stream(dataset, cache_bytes=0, global_batch=len(dataset.split("train")))
+    names = [dataset.split("train").shards[i] for i in made.indices(0)]
+    assert len(set(names)) > 1
+    assert sorted(made.indices(0)) == list(range(len(names)))
+    assert list(made.indices(0)) != list(made.indices(1))
+
+
+def test_flips_and_crops_can_be_forbidden(dataset: Dataset) -> None:
+    fixed = stream(dataset, flips=False, crops=False)
+    first = {int(i): image for i, image in zip(fixed.batch(0).indices, fixed.batch(0).images, strict=True)}
+    for step in range(1, 6):
+        batch = fixed.batch(step)
+        for index, image in zip(batch.indices, batch.images, strict=True):
+            np.testing.assert_array_equal(image, first.setdefault(int(index), image))
+
+
+def test_crop_and_flip_equal_slicing_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (5, 12, 12, 3), dtype=np.uint8)
+    rows = np.array([4, 0, 2, 2, 1])
+    drawn = augment.draw(rng, 5, 12, 8, flips=True)
+    made = augment.crop_and_flip(pictures, rows, 8, drawn)
+    for k, row in enumerate(rows):
+        top, left = drawn.top[k], drawn.left[k]
+        expected = pictures[row, top : top + 8, left : left + 8]
+        np.testing.assert_array_equal(made[k], expected[:, ::-1] if drawn.flip[k] else expected)
+
+
+def test_an_error_while_reading_reaches_the_loop(dataset: Dataset) -> None:
+    made = stream(dataset)
+    made.split = None  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="NoneType"):
+        next(made.prefetch(0, 1))
+
+
+def test_evaluation_covers_the_split_in_order_over_all_ranks(dataset: Dataset) -> None:
+    split = dataset.split("test")
+    seen = [i for rank in range(2) for _, _, indices in eval_batches(split, 16, 5, rank, 2) for i in indices]
+    assert sorted(seen) == list(range(len(split)))
+
+
+def test_a_crop_larger_than_the_picture_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(ValueError, match="crop=32 is larger than resize=20"):
+        stream(dataset, crop=32)

@@ -1,0 +1,57 @@
+"""A training of a few steps as its own process, for tests that kill it or run it on several ranks.
+
+    python -m tests.training.engine.small_training DATASET WEIGHTS STEPS NAME [micro_batch]
+
+Writes the weights to WEIGHTS; prints one line per recorded step.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from training.data.shards import Dataset
+from training.engine import distributed
+from training.engine.fit import View, fit
+from training.engine.loop import Recipe
+from training.models import npz, zoo
+
+
+def recipe(steps: int, micro_batch: int | None = None, mixup_alpha: float = 0.2) -> Recipe:
+    return Recipe(
+        steps=steps,
+        global_batch=16,
+        micro_batch=micro_batch,
+        lr=lambda step: 0.02 if step < 8 else 0.002,
+        weight_decay=1e-4,
+        mixup_alpha=mixup_alpha,
+        multi_label=False,
+        precision="fp32",
+        seed=5,
+        evaluate_every=1000,
+        checkpoint_every=3,
+    )
+
+
+def main(dataset: str, weights: str, steps: str, name: str, micro_batch: str | None = None) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    data = Dataset.open(dataset)
+    model = zoo.create("R14x0.5", data.num_classes)
+    with distributed.join() as world:
+        fit(
+            model,
+            recipe(int(steps), int(micro_batch) if micro_batch else None),
+            data,
+            View(resize=40, crop=32, flips=True, crops=True),
+            world,
+            name=name,
+            fingerprint="test",
+            record=lambda figures, step: print(f"recorded {step}", flush=True),
+        )
+        if world.is_main:
+            npz.save(model, Path(weights))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

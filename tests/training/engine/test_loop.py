@@ -1,0 +1,128 @@
+"""What the loop promises: the same weights however the work was cut or interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training.engine.small_training import recipe
+from training.data.shards import Dataset
+from training.engine.checkpoint import CheckpointError, Checkpoints
+from training.engine.distributed import World
+from training.engine.loop import draw_lam, neighbours
+from training.models import zoo
+
+STEPS = 12
+MODULE = "tests.training.engine.small_training"
+ROOT = Path(__file__).parents[3]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run(folder: Path, dataset: Dataset, *extra: str, ranks: int = 1, name: str = "straight") -> dict[str, np.ndarray]:
+    """A whole training in its own process(es); its weights."""
+    arguments = [dataset.url, str(folder / f"{name}.npz"), str(STEPS), name, *extra]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", MODULE, *arguments]
+    done = subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / f"{name}.npz") as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> dict[str, np.ndarray]:
+    return run(tmp_path_factory.mktemp("straight"), dataset)
+
+
+def largest_difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    scale = max(float(np.abs(array).max()) for array in a.values())
+    return max(float(np.abs(a[key] - b[key]).max()) for key in a) / scale
+
+
+def test_the_same_training_twice_is_bit_equal(straight: dict, tmp_path: Path, dataset: Dataset) -> None:
+    again = run(tmp_path, dataset)
+    assert all(np.array_equal(straight[key], again[key]) for key in straight)
+
+
+def test_a_training_killed_in_the_middle_ends_bit_equal(straight: dict, tmp_path: Path, dataset: Dataset) -> None:
+    command = [sys.executable, "-m", MODULE, dataset.url, str(tmp_path / "x.npz"), str(STEPS), "killed"]
+    child = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / ".checkpoints" / "killed" / "test"
+    end = time.monotonic() + 60
+    while not list(checkpoints.glob("step-*")) and time.monotonic() < end and child.poll() is None:
+        time.sleep(0.005)
+    assert child.poll() is None, "it ended before it could be killed"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert list(checkpoints.glob("step-*")), "no checkpoint was there to resume from"
+    resumed = run(tmp_path, dataset, name="killed")
+    assert all(np.array_equal(straight[key], resumed[key]) for key in straight)
+    assert not checkpoints.exists()
+
+
+def test_sigterm_checkpoints_and_exits_143(straight: dict, tmp_path: Path, dataset: Dataset) -> None:
+    command = [sys.executable, "-m", MODULE, dataset.url, str(tmp_path / "x.npz"), "100000", "stopped"]
+    child = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert child.stdout is not None
+    child.stdout.readline()  # the first figures: it is in the middle of its steps
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=30) == 143
+    child.stdout.close()
+    newest = max((tmp_path / ".checkpoints" / "stopped" / "test").glob("step-*"))
+    assert int(newest.name.removeprefix("step-")) >= 50
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, "4"), (2, ""), (4, "2")])
+def test_ranks_and_micro_batches_change_no_weight(
+    straight: dict, tmp_path: Path, dataset: Dataset, ranks: int, micro_batch: str
+) -> None:
+    other = run(tmp_path, dataset, *([micro_batch] if micro_batch else []), ranks=ranks)
+    assert largest_difference(straight, other) < 1e-5
+
+
+def test_a_half_written_checkpoint_is_not_taken(tmp_path: Path) -> None:
+    world = World(0, 1, torch.device("cpu"))
+    model = zoo.create("R14x0.5", 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    checkpoints = Checkpoints(tmp_path, "f")
+    for step in (3, 6, 9):
+        checkpoints.save(step, model, optimizer, world)
+    (tmp_path / "step-00000012").mkdir()  # no meta.json: it was never finished
+    assert [path.name for path in checkpoints.complete()] == ["step-00000006", "step-00000009"]
+    assert checkpoints.restore(model, optimizer, world) == 9
+    with pytest.raises(CheckpointError, match="fingerprint f, this one's is g"):
+        Checkpoints(tmp_path, "g").restore(model, optimizer, world)
+
+
+def test_mixup_exchanges_neighbours_only() -> None:
+    assert neighbours(torch.tensor([1, 2, 3, 4])).tolist() == [2, 1, 4, 3]
+    assert neighbours(torch.arange(8.0).view(4, 2))[0].tolist() == [2.0, 3.0]
+
+
+def test_lam_follows_from_seed_and_step() -> None:
+    drawn = [draw_lam(recipe(10), step) for step in range(200)]
+    assert drawn == [draw_lam(recipe(10), step) for step in range(200)]
+    assert all(0 <= lam <= 1 for lam in drawn)
+    assert len(set(drawn)) > 150
+    assert draw_lam(recipe(10, mixup_alpha=0.0), 3) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "said"), [(3, None, "3 ranks"), (1, 5, "micro_batch=5"), (16, None, "odd")]
+)
+def test_a_batch_that_cannot_be_split_is_refused(world_size: int, micro_batch: int | None, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        recipe(1, micro_batch).num_micro(world_size)

@@ -1,0 +1,63 @@
+"""params.yaml: what is refused, and how it is said."""
+
+from pathlib import Path
+
+import pytest
+
+from training.config import Config, ConfigError, load
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "params.yaml").write_text("pretrain: {steps: 100, warmup_steps: 10}\nfinetune: {global_batch: 64}\n")
+    (tmp_path / "tenants" / "cats").mkdir(parents=True)
+    (tmp_path / "tenants" / "cats" / "params.yaml").write_text("tenant: cats\nfinetune: {flips: false}\n")
+    return tmp_path
+
+
+def test_a_tenant_overrides_key_by_key(project: Path) -> None:
+    config = load(project, "cats")
+    assert (config.finetune.flips, config.finetune.global_batch) == (False, 64)
+    assert load(project).finetune.flips is True
+
+
+def test_set_overrides_everything(project: Path) -> None:
+    assert load(project, "cats", ["finetune.flips=true", "pretrain.steps=200"]).pretrain.steps == 200
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("pretrain.stesp=5", "did you mean 'steps'"),
+        ("pretrian.steps=5", "did you mean 'pretrain'"),
+        ("pretrain.steps=many", "pretrain.steps = 'many'"),
+        ("pretrain.steps=0", "greater than or equal to 1"),
+        ("runner=slurm", "'local' or 'kubernetes'"),
+        ("pretrain.warmup_steps=90", "do not rise"),
+        ("pretrain", "section.key=value"),
+    ],
+)
+def test_a_wrong_value_is_named_with_the_choices(project: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(project, overrides=[override])
+
+
+def test_an_unknown_tenant_is_named_with_the_choices(project: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'cats'"):
+        load(project, "cat")
+
+
+def test_a_tenant_cannot_set_what_all_share(project: Path) -> None:
+    (project / "tenants" / "cats" / "params.yaml").write_text("pretrain: {steps: 1}\n")
+    with pytest.raises(ConfigError, match="cannot be set by a tenant"):
+        load(project, "cats")
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().pretrain.steps = 5  # type: ignore[misc]
+
+
+def test_the_projects_own_files_are_valid() -> None:
+    for tenant in (None, "digits", "textures"):
+        load(Path(), tenant)
