@@ -24,6 +24,7 @@ SIGNATURES = {
 }
 
 cv2.setNumThreads(0)  # every caller brings its own threads: one picture, one core
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a damaged picture is told as PictureError
 
 
 class PictureError(ValueError):
@@ -84,7 +85,7 @@ def dimensions(data: bytes) -> tuple[int, int] | None:
             return width, abs(height)
         if kind == "webp":
             return _webp_dimensions(data)
-    except (ValueError, struct.error):
+    except (ValueError, KeyError, struct.error):
         return None
     return None
 
@@ -114,7 +115,7 @@ def _decode_jpeg(data: bytes, min_side: int | None) -> Pixels | None:
         else:
             smallest = min_side or 0
             image = simplejpeg.decode_jpeg(data, "RGB", min_height=smallest, min_width=smallest, strict=False)
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: a colour space that simplejpeg has no name for
         return None
     return _upright(image, _exif_orientation(data))
 

@@ -1,5 +1,6 @@
 """Decoding: every kind of picture, upright and in RGB; anything else is a clear error and never a crash."""
 
+import contextlib
 import io
 from collections.abc import Callable
 
@@ -79,7 +80,7 @@ def test_cmyk_jpeg_becomes_rgb() -> None:
 
 @pytest.mark.parametrize(
     ("data", "said"),
-    [(b"", "0 bytes"), (b"<html>", "<html>"), (b"\x89PNG\r\n\x1a\n" + b"x" * 50, "cannot be decoded")],
+    [(b"", "0 bytes"), (b"<html>", "<html>"), (saved(gradient(), "png")[:60], "cannot be decoded")],
 )
 def test_what_is_no_picture_is_named(data: bytes, said: str) -> None:
     with pytest.raises(PictureError, match=said):
@@ -103,10 +104,8 @@ def test_damaged_pictures_never_crash(kind: str, data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 6))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     cut = bytes(whole[: data.draw(st.integers(0, len(whole)))])
-    try:
+    with contextlib.suppress(PictureError):
         assert pixels(cut, 16).shape == (16, 16, 3)
-    except PictureError as error:
-        assert str(error)
 
 
 def test_decoding_a_small_jpeg_for_a_small_size_keeps_enough_pixels(picture: Callable[..., bytes]) -> None:

@@ -7,6 +7,7 @@ synced and renamed, so that a folder with the final name is complete, whenever t
 import json
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         world.barrier()
-        dcp.save(_state(model, optimizer), checkpoint_id=temporary, no_dist=world.size == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a world of one is meant
+            dcp.save(_state(model, optimizer), checkpoint_id=temporary, no_dist=world.size == 1)
         if world.is_main:
             (temporary / META).write_text(json.dumps({"step": step, "fingerprint": self.fingerprint}))
             for path in temporary.iterdir():
@@ -66,7 +69,9 @@ class Checkpoints:
                 f"{self.fingerprint}). Remove the folder to start anew."
             )
         state = _state(model, optimizer)
-        dcp.load(state, checkpoint_id=complete[-1], no_dist=world.size == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(state, checkpoint_id=complete[-1], no_dist=world.size == 1)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         return int(meta["step"])
 

@@ -22,7 +22,7 @@ def recipe(steps: int, micro_batch: int | None = None, mixup_alpha: float = 0.2)
         steps=steps,
         global_batch=16,
         micro_batch=micro_batch,
-        lr=lambda step: 0.02 if step < 8 else 0.002,
+        lr=lambda step: 3e-4 * min(1.0, step / 6),  # gentle: large steps from a fresh network amplify rounding
         weight_decay=1e-4,
         mixup_alpha=mixup_alpha,
         multi_label=False,

@@ -1,0 +1,328 @@
+"""The service as a real process over real HTTP, behind both registries: a real MLflow server and a folder of exports."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+import numpy as np
+import orjson
+import pytest
+from mlflow import MlflowClient
+
+from tests.services.exports import SIDE, export, gray_png
+from training.demo.servers import process, wait_for
+from training.demo.walk import free_port
+
+FOLLOWED_WITHIN_S = 5.0
+
+
+class Store(Protocol):
+    """Where a test publishes versions: the two implementations of the registry, from the publisher's side."""
+
+    flags: list[str]
+
+    def publish(self, tenant: str, data: bytes, sha256: str | None = None) -> str:
+        """Makes `data` the champion; returns the version's name."""
+
+
+class Folder:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.flags = folder, ["--models", str(folder)]
+
+    def publish(self, tenant: str, data: bytes, sha256: str | None = None) -> str:
+        temporary = self.folder / f".{tenant}.tmp"
+        temporary.write_bytes(data)
+        temporary.rename(self.folder / f"{tenant}.onnx")
+        return hashlib.sha256(data).hexdigest()[:12]
+
+
+class MLflow:
+    def __init__(self, uri: str, folder: Path) -> None:
+        self.client, self.folder = MlflowClient(uri), folder
+        self.flags = ["--tracking_uri", uri, "--cache_dir", str(folder / "cache")]
+        self.experiment = self.client.create_experiment("tests")
+        self.known: set[str] = set()
+
+    def publish(self, tenant: str, data: bytes, sha256: str | None = None, validation: str = "passed") -> str:
+        path = self.folder / "model.onnx"
+        path.write_bytes(data)
+        run = self.client.create_run(self.experiment)
+        self.client.log_artifact(run.info.run_id, str(path), "export")
+        if tenant not in self.known:
+            self.client.create_registered_model(tenant)
+            self.known.add(tenant)
+        tags = {"sha256": sha256 or hashlib.sha256(data).hexdigest(), "validation": validation}
+        source = f"{run.info.artifact_uri}/export"
+        made = self.client.create_model_version(tenant, source, run.info.run_id, tags=tags)
+        self.client.set_registered_model_alias(tenant, "champion", made.version)
+        return str(made.version)
+
+
+class Service:
+    def __init__(self, url: str, store: Store) -> None:
+        self.http, self.store = httpx.Client(base_url=url, timeout=30), store
+
+    def classify(self, tenant: str, picture: bytes, query: str = "") -> httpx.Response:
+        return self.http.post(f"/v1/{tenant}/classify{query}", content=picture)
+
+    def wait_until(self, tenant: str, version: str) -> float:
+        """Seconds until the tenant is served by that version."""
+        began = time.monotonic()
+        while time.monotonic() - began < FOLLOWED_WITHIN_S:
+            answer = self.classify(tenant, gray_png(10))
+            if answer.status_code == 200 and answer.json()["version"] == version:
+                return time.monotonic() - began
+            time.sleep(0.05)
+        raise AssertionError(f"{tenant} is not served by {version}: {answer.text}")
+
+
+@pytest.fixture(scope="module", params=["folder", "mlflow"])
+def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp(request.param)
+    store: Store
+    if request.param == "folder":
+        store = Folder(folder)
+        yield from serve(store, folder)
+        return
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1", "--port", str(port)]
+    with process("mlflow", command, folder / "mlflow.log"):
+        wait_for(f"http://127.0.0.1:{port}/health", 60, folder / "mlflow.log")
+        yield from serve(MLflow(f"http://127.0.0.1:{port}", folder), folder)
+
+
+def serve(store: Store, folder: Path) -> Iterator[Service]:
+    store.publish("lamps", export())
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "services.inference.app",
+        "--port",
+        str(port),
+        "--poll_interval_s",
+        "0.3",
+        *store.flags,
+    ]
+    with process("bit-serve", command, folder / "serve.log"):
+        wait_for(f"http://127.0.0.1:{port}/v2/health/ready", 30, folder / "serve.log")
+        made = Service(f"http://127.0.0.1:{port}", store)
+        yield made
+        made.http.close()
+
+
+def test_a_picture_is_answered_with_classes_probabilities_and_version(service: Service) -> None:
+    for value, expected in ((10, "dark"), (250, "bright")):
+        answer = service.classify("lamps", gray_png(value))
+        assert answer.status_code == 200, answer.text
+        told = answer.json()
+        assert told["predictions"][0]["class"] == expected
+        assert sum(one["probability"] for one in told["predictions"]) == pytest.approx(1, abs=1e-5)
+        assert told["alias"] == "champion"
+        assert answer.headers["x-model-version"] == told["version"]
+        assert answer.headers["x-model-sha256"] == told["sha256"]
+        assert {part.split(";")[0].strip() for part in answer.headers["server-timing"].split(",")} == {
+            "queue",
+            "decode",
+            "infer",
+        }
+    assert len(service.classify("lamps", gray_png(10), "?top=1").json()["predictions"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "said"),
+    [
+        ("POST", "/v1/lamps/classify", b"<html>", 400, "not a picture"),
+        ("POST", "/v1/lamps/classify", b"", 400, "empty"),
+        ("POST", "/v1/lamps/classify?top=x", gray_png(1), 400, "top='x'"),
+        ("POST", "/v1/nobody/classify", gray_png(1), 404, "lamps@champion"),
+        ("GET", "/v1/lamps/classify", b"", 405, "use POST"),
+        ("POST", "/v1/lamps/classify", b"\xff\xd8\xff" + b"x" * (21 * 2**20), 413, "larger than"),
+        ("POST", "/v2/models/lamps/infer", b"{", 400, "not JSON"),
+        ("POST", "/v2/models/lamps/infer", b'{"inputs": []}', 400, "one tensor"),
+        ("POST", "/v2/models/lamps/versions/99/infer", b"{}", 404, "version 99"),
+        ("GET", "/nowhere", b"", 404, "Not Found"),
+    ],
+)
+def test_bad_requests_get_a_clear_error(
+    service: Service, method: str, path: str, body: bytes, status: int, said: str
+) -> None:
+    answer = service.http.request(method, path, content=body)
+    assert answer.status_code == status
+    assert said in answer.json()["error"]
+
+
+def infer_request(pixels: np.ndarray) -> dict:
+    tensor = {"name": "pixels", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.ravel().tolist()}
+    return {"id": "42", "inputs": [tensor]}
+
+
+def test_open_inference_protocol_in_json_and_binary_agree(service: Service) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
+    in_json = service.http.post("/v2/models/lamps/infer", json=infer_request(pixels)).json()
+    assert (in_json["model_name"], in_json["id"]) == ("lamps", "42")
+    [output] = in_json["outputs"]
+    assert (output["name"], output["shape"], output["datatype"]) == ("probabilities", [3, 2], "FP32")
+
+    header = infer_request(pixels)
+    del header["inputs"][0]["data"]
+    header["inputs"][0]["parameters"] = {"binary_data_size": pixels.size}
+    header["outputs"] = [{"name": "probabilities", "parameters": {"binary_data": True}}, {"name": "features"}]
+    encoded = orjson.dumps(header)
+    answer = service.http.post(
+        "/v2/models/lamps/infer",
+        content=encoded + pixels.tobytes(),
+        headers={"Inference-Header-Content-Length": str(len(encoded))},
+    )
+    length = int(answer.headers["inference-header-content-length"])
+    told = orjson.loads(answer.content[:length])
+    assert [one["name"] for one in told["outputs"]] == ["probabilities", "features"]
+    binary = np.frombuffer(answer.content[length:], np.float32)
+    np.testing.assert_allclose(binary, output["data"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"datatype": "FP32"}, "UINT8"),
+        ({"shape": [1, 5, 5, 3]}, "[n, 16, 16, 3]"),
+        ({"shape": [3, SIDE, SIDE]}, "[n, 16, 16, 3]"),
+        ({"data": [1, 2]}, "768 integers"),
+        ({"data": [300] * 768}, "0 to 255"),
+        ({"name": "picture"}, "`pixels`"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_refused_with_what_would(service: Service, change: dict, said: str) -> None:
+    request = infer_request(np.zeros((1, SIDE, SIDE, 3), np.uint8))
+    request["inputs"][0] |= change
+    answer = service.http.post("/v2/models/lamps/infer", json=request)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]
+
+
+def test_health_metadata_and_metrics_tell_what_is_served(service: Service) -> None:
+    assert service.http.get("/v2/health/live").json() == {"live": True}
+    assert service.http.get("/v2").json()["name"] == "bit-serve"
+    told = service.http.get("/v2/models/lamps").json()
+    assert told["inputs"] == [{"name": "pixels", "datatype": "UINT8", "shape": [-1, SIDE, SIDE, 3]}]
+    assert told["parameters"]["classes"] == ["dark", "bright"]
+    service.classify("lamps", gray_png(10))
+    metrics = service.http.get("/metrics").text
+    assert 'bit_requests_total{status="200",tenant="lamps"' in metrics
+    assert "bit_request_seconds_bucket" in metrics
+    assert service.http.get("/v1/tenants").json()["served"][0]["tenant"] == "lamps"
+
+
+def test_the_alias_moves_and_the_answers_follow(service: Service) -> None:
+    service.wait_until("movers", service.store.publish("movers", export()))
+    assert service.classify("movers", gray_png(250)).json()["predictions"][0]["class"] == "bright"
+    took = service.wait_until("movers", service.store.publish("movers", export(sign=-1)))
+    assert took < FOLLOWED_WITHIN_S
+    assert service.classify("movers", gray_png(250)).json()["predictions"][0]["class"] == "dark"
+
+
+def test_a_version_that_fails_its_golden_check_changes_nothing(service: Service) -> None:
+    good = service.store.publish("careful", export())
+    service.wait_until("careful", good)
+    bad = service.store.publish("careful", export(sign=-1, golden_off=0.2))
+    refused = wait_for_refusal(service, "careful")
+    assert refused["version"] == bad
+    assert "golden answers are off by 0.2" in refused["reason"]
+    assert service.classify("careful", gray_png(10)).json()["version"] == good
+    assert f'bit_refused_version{{tenant="careful",version="{bad}"}} 1.0' in service.http.get("/metrics").text
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut"])
+def test_a_file_that_cannot_be_loaded_changes_nothing(service: Service, damage: str) -> None:
+    tenant = f"damaged-{damage}"
+    good = service.store.publish(tenant, export())
+    service.wait_until(tenant, good)
+    service.store.publish(tenant, b"garbage" if damage == "garbage" else export()[:300])
+    assert "cannot load" in wait_for_refusal(service, tenant)["reason"]
+    assert service.classify(tenant, gray_png(10)).json()["version"] == good
+
+
+def wait_for_refusal(service: Service, tenant: str) -> dict:
+    end = time.monotonic() + FOLLOWED_WITHIN_S
+    while time.monotonic() < end:
+        told = service.http.get("/v1/tenants").json()["refused"]
+        if found := [one for one in told if one["tenant"] == tenant]:
+            return found[0]
+        time.sleep(0.05)
+    raise AssertionError(f"no refusal for {tenant}")
+
+
+def test_mlflow_is_told_what_became_of_a_version(service: Service) -> None:
+    store = service.store
+    if not isinstance(store, MLflow):
+        return  # a folder has no place for notes
+    good = store.publish("told", export())
+    service.wait_until("told", good)
+    assert store.client.get_model_version("told", good).tags["serving.state"].startswith("live since ")
+    for data, options, reason in (
+        (export(sign=-1), {"sha256": "0" * 64}, "tag sha256 says 000000000000"),
+        (export(sign=-1), {"validation": "failed"}, "no tag validation=passed"),
+    ):
+        version = store.publish("told", data, **options)  # type: ignore[arg-type]
+        end = time.monotonic() + FOLLOWED_WITHIN_S
+        while "serving.state" not in (tags := store.client.get_model_version("told", version).tags):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert tags["serving.state"].startswith("refused: ")
+        assert reason in tags["serving.state"]
+        assert service.classify("told", gray_png(10)).json()["version"] == good
+
+
+def test_the_playground_has_no_external_assets(service: Service) -> None:
+    page = service.http.get("/")
+    assert page.status_code == 200
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for name in ("playground.css", "playground.js"):
+        assert f"static/{name}" in page.text
+        text = service.http.get(f"/static/{name}").text
+        assert "http://" not in text
+        assert "https://" not in text
+    assert service.http.get("/static/../app.py").status_code == 404
+
+
+def test_a_passed_deadline_is_504(service: Service) -> None:
+    answer = service.http.post("/v1/lamps/classify", content=gray_png(1), headers={"X-Timeout-Ms": "0.000001"})
+    assert answer.status_code == 504
+
+
+def test_importing_the_service_is_quick_and_needs_no_training_code() -> None:
+    script = (
+        "import sys, time; began = time.perf_counter(); import services.inference.app; "
+        "took = time.perf_counter() - began; "
+        "print(took, 'torch' in sys.modules, any(name.startswith('training') for name in sys.modules))"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+        for _ in range(3)
+    ]
+    assert {tuple(run[1:]) for run in runs} == {("False", "False")}
+    assert min(float(run[0]) for run in runs) < 0.6
+
+
+def test_help_names_every_setting() -> None:
+    from services.inference.settings import Settings
+
+    command = [sys.executable, "-m", "services.inference.app", "--help"]
+    shown = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
+    ).stdout
+    assert all(f"--{name}" in shown for name in Settings.model_fields)
+
+
+def test_a_wrong_setting_is_named() -> None:
+    command = [sys.executable, "-m", "services.inference.app", "--workers", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "workers = '0'" in done.stderr
