@@ -192,7 +192,9 @@ def _fields(path: list[str]) -> list[str]:
     model: type[BaseModel] = Config
     for name in path:
         annotation = model.model_fields[name].annotation
-        inner = [t for t in get_args(annotation) if isinstance(t, type)] if isinstance(annotation, UnionType) else []
+        inner: list[type] = (
+            [t for t in get_args(annotation) if isinstance(t, type)] if isinstance(annotation, UnionType) else []
+        )
         model = inner[0] if inner else annotation  # type: ignore[assignment]
     return list(model.model_fields)
 

@@ -25,7 +25,7 @@ def main(config: Config) -> None:
             writer.writeheader()
             writer.writerows(rows)
     (out / "fleet.md").write_text(markdown(rows))
-    series = {
+    series: dict[str, list[float | None]] = {
         "by transfer": [made.metrics["accuracy"] for made in receipts],
         "from scratch": [made.metrics.get("scratch_accuracy") for made in receipts],
     }

@@ -1,10 +1,92 @@
-"""`bit serve`: MLflow's server with its UI, and the inference service, in the foreground until Ctrl-C."""
+"""`bit serve`: MLflow's server with its UI and the inference service as child processes, started and stopped together."""
 
+import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
-from training.config import Config
-from training.demo import servers
+import httpx
+
+from training.config import Config, ConfigError
+from training.tracking import sqlite_path
+
+MLFLOW_START_S, SERVICE_START_S = 60, 30
+
+
+@contextmanager
+def process(name: str, command: list[str], log: Path, environment: dict[str, str] | None = None) -> Iterator[None]:
+    """A child process that gets SIGTERM at the end, and SIGKILL if it is still there 35 s later. Output goes to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | (environment or {}),
+            start_new_session=True,  # Ctrl-C reaches us alone; the children are stopped in order
+        )
+    try:
+        yield
+        if child.poll() is not None:
+            raise ConfigError(f"{name} ended by itself (status {child.returncode}); its output is in {log}")
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGTERM)
+            try:
+                child.wait(timeout=35)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+@contextmanager
+def running(tracking_uri: str, port: int, mlflow_port: int) -> Iterator[tuple[str, str]]:
+    """Both servers, ready; yields their addresses (service, MLflow). An MLflow server that runs elsewhere is only used."""
+    service = f"http://127.0.0.1:{port}"
+    with ExitStack() as stack:
+        database = sqlite_path(tracking_uri)
+        mlflow = f"http://127.0.0.1:{mlflow_port}" if database else tracking_uri
+        if database:
+            _must_be_free(mlflow_port, "MLFLOW_PORT")
+            command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
+            command += ["--artifacts-destination", str(database.parent.resolve() / "artifacts"), "--workers", "1"]
+            command += ["--host", "127.0.0.1", "--port", str(mlflow_port)]
+            stack.enter_context(process("mlflow server", command, Path(".serve/mlflow.log")))
+            wait_for(f"{mlflow}/health", MLFLOW_START_S, Path(".serve/mlflow.log"))
+        _must_be_free(port, "PORT")
+        command = [sys.executable, "-m", "services.inference.app", "--port", str(port), "--tracking_uri", mlflow]
+        stack.enter_context(process("bit-serve", command, Path(".serve/bit-serve.log")))
+        wait_for(f"{service}/v2/health/ready", SERVICE_START_S, Path(".serve/bit-serve.log"))
+        yield service, mlflow
+
+
+def wait_for(url: str, seconds: float, log: Path) -> None:
+    """Until the address answers 200. Raises ConfigError when it doesn't in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if httpx.get(url, timeout=2).status_code == 200:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.1)
+    tail = log.read_text(errors="replace")[-800:] if log.is_file() else ""
+    raise ConfigError(f"{url} did not answer within {seconds:.0f} s. The end of {log}:\n{tail}")
+
+
+def _must_be_free(port: int, variable: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} is taken ({error.strerror}). Choose another: make serve {variable}=<port>"
+            ) from None
 
 
 def main(config: Config, port: int, mlflow_port: int) -> None:
@@ -12,7 +94,7 @@ def main(config: Config, port: int, mlflow_port: int) -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with servers.running(config.tracking_uri, port, mlflow_port) as (service, mlflow):
+    with running(config.tracking_uri, port, mlflow_port) as (service, mlflow):
         print(f"playground  {service}\nMLflow      {mlflow}\nCtrl-C stops both; logs are in .serve/", flush=True)
         stop.wait()
     print("stopped", flush=True)

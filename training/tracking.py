@@ -48,7 +48,7 @@ class Run:
         assert self.client is not None, "only rank 0 registers"
         ensure_model(self.client, model)
         source = f"{self.artifact_uri}/{folder}"
-        made = self.client.create_model_version(model, source, self.run_id, tags=dict(tags), await_creation_for=None)
+        made = self.client.create_model_version(model, source, self.run_id, tags=dict(tags), await_creation_for=0)
         self.client.set_registered_model_alias(model, CHALLENGER, str(made.version))
         return str(made.version)
 

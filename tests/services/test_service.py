@@ -16,8 +16,8 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.services.exports import SIDE, export, gray_png
-from training.demo.servers import process, wait_for
 from training.demo.walk import free_port
+from training.serve import process, wait_for
 
 FOLLOWED_WITHIN_S = 5.0
 

@@ -2,7 +2,7 @@
 
     bit demo data
 
-data/upstream             94 glyphs, 252 pictures each, and 24 procedural textures, 504 each
+data/upstream             94 glyphs, 252 pictures each, and 30 procedural textures, 504 each
 tenants/digits/pictures   scikit-learn's handwritten digits: 10 a class to train on, the other 1,697 to test
 tenants/textures/pictures brick, grass and gravel from scikit-image's photographs: 10 patches a class to train on, 100 to test,
                           from different halves of each photograph

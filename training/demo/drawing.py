@@ -39,18 +39,18 @@ def glyph(character: str, font: str, rng: Rng) -> Picture:
     turn[:, 2] += SIDE / 2 - 32 + rng.uniform(-4, 4, 2)
     turn[0, :2] *= rng.uniform(0.8, 1.2)
     coverage = cv2.warpAffine(mask, turn, (SIDE, SIDE), flags=cv2.INTER_AREA).astype(np.float32) / 255
-    return _finish(coverage, rng)
+    return _finish(coverage, 8, rng)
 
 
 def texture(name: str, rng: Rng) -> Picture:
     """One drawing of a texture class, uint8 [40, 40, 3]."""
     angle, phase = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi, 2)
-    zoom = rng.uniform(0.65, 1.5)
+    zoom = rng.uniform(0.7, 1.4)
     y, x = (np.mgrid[:SIDE, :SIDE] - SIDE / 2).astype(np.float32) * zoom
     u, v = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
     values = TEXTURES[name](u + phase[0] * 4, v + phase[1] * 4, rng)
     low, high = np.percentile(values, (2, 98))
-    return _finish(np.clip((values - low) / max(high - low, 1e-6), 0, 1).astype(np.float32), rng)
+    return _finish(np.clip((values - low) / max(high - low, 1e-6), 0, 1).astype(np.float32), 20, rng)
 
 
 @lru_cache(maxsize=4096)
@@ -62,12 +62,12 @@ def _mask(character: str, font: str) -> Picture:
     return np.asarray(image)
 
 
-def _finish(coverage: NDArray[np.float32], rng: Rng) -> Picture:
-    """[40, 40] in [0, 1] → two colours, then low resolution, blur, a change of light and noise."""
+def _finish(coverage: NDArray[np.float32], coarsest: int, rng: Rng) -> Picture:
+    """[40, 40] in [0, 1] → two colours, then low resolution (down to `coarsest`), blur, a change of light and noise."""
     ink, paper = _colours(rng)
     image = coverage[..., None] * ink + (1 - coverage[..., None]) * paper
     if rng.random() < 0.5:
-        small = int(rng.integers(8, 24))
+        small = int(rng.integers(coarsest, 32))
         image = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)
         image = cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
     if rng.random() < 0.4:
@@ -79,8 +79,8 @@ def _finish(coverage: NDArray[np.float32], rng: Rng) -> Picture:
 
 
 def _colours(rng: Rng) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Two colours [3] that can be told apart; in half of the pictures both are gray, as they often are at the tenants'."""
-    gray = rng.random() < 0.5
+    """Two colours [3] that can be told apart; in two of five pictures both are gray, as they often are at the tenants'."""
+    gray = rng.random() < 0.4
     while True:
         ink, paper = rng.uniform(0, 255, (2, 1 if gray else 3)).astype(np.float32)
         if np.abs(ink - paper).mean() >= 60:
@@ -124,34 +124,44 @@ def _bricks(width: float, height: float) -> Callable[..., NDArray[np.float32]]:
     return draw
 
 
-def _blades(length: float, count: int) -> Callable[..., NDArray[np.float32]]:
-    """Short strokes of like direction, as grass or hair."""
+def _strokes(length: float, width: float, count: int, spread: float) -> Callable[..., NDArray[np.float32]]:
+    """Overlapping strokes, light on one edge, as grass, straw or hair. spread: of their directions, in radians."""
 
     def draw(u: NDArray[np.float32], v: NDArray[np.float32], rng: Rng) -> NDArray[np.float32]:
-        canvas = np.zeros((SIDE, SIDE), np.float32)
-        main = rng.uniform(0, np.pi)
-        for start in rng.uniform(-5, SIDE + 5, (count, 2)):
-            angle = main + rng.normal(0, 0.35)
-            end = start + length * np.array([np.cos(angle), np.sin(angle)])
-            first, last = (int(start[0]), int(start[1])), (int(end[0]), int(end[1]))
-            cv2.line(canvas, first, last, float(rng.uniform(0.3, 1)), 1, cv2.LINE_AA)
-        return canvas
+        canvas = np.full((2 * SIDE, 2 * SIDE), 0.1, np.float32)  # twice as large, so that edges come out soft
+        main, zoom = rng.uniform(0, np.pi), rng.uniform(1.4, 3.2)
+        for depth, start in enumerate(rng.uniform(-10, 2 * SIDE + 10, (int(count * 4 / zoom**2), 2))):
+            angle, light = main + rng.normal(0, spread), rng.uniform(0.25, 0.6) + 0.3 * depth * zoom**2 / (4 * count)
+            along = zoom * length * rng.uniform(0.5, 1.2) * np.array([np.cos(angle), np.sin(angle)])
+            across = zoom * width * rng.uniform(0.6, 1.2) * np.array([-np.sin(angle), np.cos(angle)])
+            blade = np.array([start - across, start + across, start + along])
+            cv2.fillConvexPoly(canvas, blade.astype(np.int32), float(light), cv2.LINE_AA)
+            cv2.line(
+                canvas, blade[0].astype(int).tolist(), blade[2].astype(int).tolist(), float(light + 0.2), 1, cv2.LINE_AA
+            )
+        return cv2.resize(canvas, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
     return draw
 
 
-def _pebbles(size: float) -> Callable[..., NDArray[np.float32]]:
-    """Overlapping discs, each lit from one side, as gravel."""
+def _stones(size: float, corners: int, stretch: float) -> Callable[..., NDArray[np.float32]]:
+    """Overlapping stones with a dark rim and light from one side, as gravel. corners: few for shards, many for pebbles."""
 
     def draw(u: NDArray[np.float32], v: NDArray[np.float32], rng: Rng) -> NDArray[np.float32]:
-        canvas = np.zeros((SIDE, SIDE), np.float32)
-        y, x = np.mgrid[:SIDE, :SIDE]
-        for centre in rng.uniform(0, SIDE, (int(2600 / size**2), 2)):
-            radius = size * rng.uniform(0.5, 1.2)
-            dy, dx = (y - centre[0]) / radius, (x - centre[1]) / radius
-            inside = dy**2 + dx**2 < 1
-            canvas[inside] = (rng.uniform(0.4, 0.8) - 0.3 * (dy + dx))[inside]
-        return canvas
+        canvas = np.full((2 * SIDE, 2 * SIDE), 0.05, np.float32)
+        zoom, sun = rng.uniform(1.4, 3.2), rng.uniform(0, 2 * np.pi)
+        for centre in rng.uniform(-5, 2 * SIDE + 5, (int(9_000 / (size * zoom) ** 2), 2)):
+            turn, radius = rng.uniform(0, 2 * np.pi), zoom * size * rng.uniform(0.6, 1.2)
+            angles = np.sort(rng.uniform(0, 2 * np.pi, corners)) if corners < 9 else np.linspace(0, 2 * np.pi, corners)
+            outline = np.stack([np.cos(angles), np.sin(angles) * rng.uniform(1 / stretch, 1)], 1) * radius
+            turned = outline @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+            light = rng.uniform(0.4, 0.85)
+            cv2.fillConvexPoly(canvas, cv2.convexHull((centre + turned * 1.15).astype(np.int32)), 0.08, cv2.LINE_AA)
+            cv2.fillConvexPoly(canvas, cv2.convexHull((centre + turned).astype(np.int32)), float(light), cv2.LINE_AA)
+            lit = centre + turned * 0.55 + 0.25 * radius * np.array([np.cos(sun), np.sin(sun)])
+            cv2.fillConvexPoly(canvas, cv2.convexHull(lit.astype(np.int32)), float(light + 0.12), cv2.LINE_AA)
+        canvas += cv2.GaussianBlur(rng.normal(0, 0.12, canvas.shape).astype(np.float32), (0, 0), 0.8)
+        return cv2.resize(canvas, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
     return draw
 
@@ -170,20 +180,26 @@ TEXTURES: dict[str, Callable[[NDArray[np.float32], NDArray[np.float32], Rng], ND
     "cracks": _cells(14, edges=True),
     "dots-large": lambda u, v, rng: _dots(u, v, 10),
     "dots-small": lambda u, v, rng: _dots(u, v, 5),
-    "grass-long": _blades(14, 90),
-    "grass-short": _blades(6, 160),
+    "fur": _strokes(7, 0.5, 320, 0.25),
+    "grass": _strokes(14, 0.9, 150, 1.0),
+    "gravel": _stones(5, 7, 1.6),
     "grating-coarse": lambda u, v, rng: np.sin(u / 2.2),
     "grating-fine": lambda u, v, rng: np.sin(u * 1.1),
     "marble": lambda u, v, rng: np.sin(u / 2.5 + 2.5 * cv2.GaussianBlur(_noise(1.5)(u, v, rng), (0, 0), 1) / 8),
     "noise-0": _noise(0),
     "noise-1": _noise(1),
     "noise-2": _noise(2),
-    "pebbles-large": _pebbles(6),
-    "pebbles-small": _pebbles(3.2),
+    "hay": _strokes(22, 0.7, 120, 0.5),
+    "leaves": _stones(6, 12, 4.0),
+    "needles": _strokes(12, 0.5, 220, 2.0),
+    "pebbles": _stones(4, 14, 1.3),
     "plaid": lambda u, v, rng: np.sin(u / 1.8) + np.sin(v / 1.8),
     "rays": lambda u, v, rng: np.sin(9 * np.arctan2(v, u)),
     "rings": lambda u, v, rng: np.sin(np.hypot(u, v) / 1.5),
+    "sand": _stones(1.6, 6, 1.5),
+    "shards": _stones(7, 3, 2.5),
     "spots": lambda u, v, rng: (_noise(1.6)(u, v, rng) > 0).astype(np.float32),
+    "stubble": _strokes(5, 1.2, 260, 3.0),
     "weave": lambda u, v, rng: np.where(np.sin(u / 2) * np.sin(v / 2) > 0, np.sin(u * 1.5), np.sin(v * 1.5)),
 }
 

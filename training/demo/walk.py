@@ -10,9 +10,9 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from training import fleet, promote, receipt
+from training import fleet, promote, receipt, serve
 from training.config import Config, tenants
-from training.demo import data, servers
+from training.demo import data
 
 
 def main(config: Config) -> None:
@@ -32,7 +32,7 @@ def main(config: Config) -> None:
         _say("\n".join(compared.lines()))
 
     table = Table("tenant", "picture", "answer", "p", "version", "latency")
-    with servers.running(config.tracking_uri, free_port(), free_port()) as (service, _):
+    with serve.running(config.tracking_uri, free_port(), free_port()) as (service, _):
         for tenant in names:
             picture = next(iter(sorted(Path("tenants", tenant, "pictures", "test").glob("*/*.png"))))
             table.add_row(tenant, *classify(service, tenant, picture))

@@ -1,5 +1,7 @@
 """Answers of a network on a whole split, by torch: what evaluation and the export's parity check compare with."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ def predict(model: ResNet, split: Split, size: int, batch_size: int, multi_label
     return torch.cat(rows).cpu().numpy()
 
 
-def score(probabilities: NDArray[np.float32], targets: NDArray[np.generic]) -> dict[str, float]:
+def score(probabilities: NDArray[np.float32], targets: NDArray[Any]) -> dict[str, float]:
     """accuracy (several labels a picture: the share of exactly right label sets) and log_loss over [n, C] answers."""
     eps = 1e-7
     clipped = np.clip(probabilities, eps, 1 - eps)

@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from training.models.resnet import Bottleneck, GroupNormReLU, ResNet, StdConv2d
+from training.models.resnet import Bottleneck, GroupNormReLU, ResNet, StdConv2d, units_of
 
 OPSET = 17  # the first with LayerNormalization
 IR_VERSION = 8
@@ -88,8 +88,7 @@ def build(model: ResNet, resolution: int, multi_label: bool) -> onnx.ModelProto:
     x = graph.add("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2])
     side = -(-side // 2)
     for b, block in enumerate(model.blocks, 1):
-        for u, unit in enumerate(block, 1):  # type: ignore[arg-type]
-            assert isinstance(unit, Bottleneck)
+        for u, unit in enumerate(units_of(block), 1):
             x, side = graph.unit(x, f"block{b}.unit{u:02d}", unit, side)
     graph.norm_relu(x, "norm", model.norm, side, output="feature_map")
     graph.add("ReduceMean", "feature_map", output="features", axes=[2, 3], keepdims=0)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.models.resnet import Bottleneck, ResNet
+from training.models.resnet import ResNet, units_of
 
 HEAD = ("resnet/head/conv2d/kernel", "resnet/head/conv2d/bias")
 
@@ -24,12 +24,11 @@ class WeightsError(ValueError):
     """A weights file that does not fit; the message names the first key that is wrong and what was expected."""
 
 
-def layout(model: ResNet) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def layout(model: ResNet) -> Iterator[tuple[str, torch.Tensor]]:
     """Every (published key, parameter) of a network, from the stem to the head."""
     yield "resnet/root_block/standardized_conv2d/kernel", model.stem.weight
     for b, block in enumerate(model.blocks, 1):
-        for u, unit in enumerate(block, 1):  # type: ignore[arg-type]
-            assert isinstance(unit, Bottleneck)
+        for u, unit in enumerate(units_of(block), 1):
             prefix = f"resnet/block{b}/unit{u:02d}"
             if unit.downsample is not None:
                 yield f"{prefix}/a/proj/standardized_conv2d/kernel", unit.downsample.weight

@@ -107,6 +107,11 @@ class ResNet(nn.Module):
         return self.head(self.feature_map(images_nchw).mean((2, 3)))
 
 
+def units_of(block: nn.Module) -> list[Bottleneck]:
+    """The units of one of a network's blocks."""
+    return [unit for unit in block.children() if isinstance(unit, Bottleneck)]
+
+
 def normalize(pixels_nhwc: Tensor) -> Tensor:
     """uint8 [N, H, W, 3] → float32 [N, 3, H, W] in [-1, 1], channels_last: the one input range of every BiT network."""
     return pixels_nhwc.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
