@@ -123,7 +123,7 @@ class ExportConfig(Section):
 class Config(Section):
     """The whole of params.yaml."""
 
-    runner: Literal["local", "kubernetes"] = "local"
+    runner: Literal["local"] = "local"
     tracking_uri: str = "sqlite:///.mlflow/mlflow.db"
     upstream: UpstreamConfig = UpstreamConfig()
     pretrain: PretrainConfig = PretrainConfig()

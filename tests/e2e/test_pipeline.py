@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -129,7 +131,7 @@ def test_a_promoted_version_answers_over_http_as_its_golden_pictures_say(
         assert "alias champion → version" in run(project, sys.executable, "-m", "training", "promote", tenant)
     picture = next((project / "tenants/digits/pictures/test").rglob("*.png"))
     with serve.running("sqlite:///.mlflow/mlflow.db", free_port(), free_port()) as (service, _):
-        _, answer, probability, version, _ = classify(service, "digits", picture)
+        answer, probability, version, _ = classify(service, "digits", picture)
     import onnxruntime as ort
 
     session = ort.InferenceSession(str(project / "runs/export/digits/model.onnx"))
@@ -137,6 +139,23 @@ def test_a_promoted_version_answers_over_http_as_its_golden_pictures_say(
     assert answer == f"class-{expected.argmax()}"
     assert probability == f"{expected.max():.1%}"
     assert version == receipt(project, "register", "digits")["details"]["version"]
+
+
+def test_serve_prints_both_addresses_and_stops_on_ctrl_c(project: Path) -> None:
+    ports = free_port(), free_port()
+    command = [sys.executable, "-m", "training", "serve", "--port", str(ports[0]), "--mlflow-port", str(ports[1])]
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    child = subprocess.Popen(command, cwd=project, env=environment, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    told = [child.stdout.readline() for _ in range(3)]
+    assert [str(port) in line for port, line in zip(ports, told, strict=False)] == [True, True]
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=40) == 0
+    assert child.stdout.read() == "stopped\n"
+    child.stdout.close()
+    for port in ports:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0, f"something still listens on {port}"
 
 
 def test_one_tenants_parameter_reruns_only_that_tenant_and_fleet(project: Path) -> None:

@@ -32,7 +32,7 @@ def test_set_overrides_everything(project: Path) -> None:
         ("pretrian.steps=5", "did you mean 'pretrain'"),
         ("pretrain.steps=many", "pretrain.steps = 'many'"),
         ("pretrain.steps=0", "greater than or equal to 1"),
-        ("runner=slurm", "'local' or 'kubernetes'"),
+        ("runner=slurm", "Input should be 'local'"),
         ("pretrain.warmup_steps=90", "do not rise"),
         ("pretrain", "section.key=value"),
     ],

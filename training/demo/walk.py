@@ -31,18 +31,20 @@ def main(config: Config) -> None:
             promote.apply(config.tracking_uri, compared)
         _say("\n".join(compared.lines()))
 
-    table = Table("tenant", "picture", "answer", "p", "version", "latency")
+    answers, rows = [], []
     with serve.running(config.tracking_uri, free_port(), free_port()) as (service, _):
         for tenant in names:
             picture = next(iter(sorted(Path("tenants", tenant, "pictures", "test").glob("*/*.png"))))
-            table.add_row(tenant, *classify(service, tenant, picture))
+            answer, probability, version, latency = classify(service, tenant, picture)
+            shown = "/".join(picture.parts[-2:])
+            answers.append(f"POST /v1/{tenant}/classify < {shown} → {answer} ({probability}), version {version}")
+            rows.append(fleet.row(receipt.read("register", tenant)) | {"latency": latency})
 
     console = Console()
-    rows = [fleet.row(receipt.read("register", tenant)) for tenant in names]
-    results = Table(*rows[0])
+    table = Table(*rows[0])
     for row in rows:
-        results.add_row(*row.values())
-    console.print(results, table)
+        table.add_row(*row.values())
+    console.print(table, *answers, sep="\n")
     console.print(
         f"Done in {time.monotonic() - began:.0f} s. Next:\n"
         "  make serve                      the playground, and MLflow's UI to promote in\n"
@@ -52,8 +54,8 @@ def main(config: Config) -> None:
     )
 
 
-def classify(service: str, tenant: str, picture: Path) -> tuple[str, str, str, str, str]:
-    """One test picture over HTTP: (path, answer, probability, version, latency as the median of 20 requests)."""
+def classify(service: str, tenant: str, picture: Path) -> tuple[str, str, str, str]:
+    """One test picture over HTTP: (answer, probability, version, latency as the median of 20 requests)."""
     body, took = picture.read_bytes(), []
     with httpx.Client(base_url=service, timeout=30) as http:
         for _ in range(20):
@@ -64,7 +66,7 @@ def classify(service: str, tenant: str, picture: Path) -> tuple[str, str, str, s
     told = response.json()
     best = told["predictions"][0]
     latency = f"{sorted(took)[len(took) // 2] * 1000:.1f} ms"
-    return "/".join(picture.parts[-2:]), best["class"], f"{best['probability']:.1%}", told["version"], latency
+    return best["class"], f"{best['probability']:.1%}", told["version"], latency
 
 
 def free_port() -> int:
