@@ -37,7 +37,7 @@ test: lint
 	pytest
 
 bench: setup
-	python -m benchmarks.run
+	python -m benchmarks.training_step
 
 clean:
 	rm -rf runs .mlflow .checkpoints .serve data/upstream tenants/*/pictures dvc.lock tenants/*/dvc.lock \
