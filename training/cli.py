@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from training.config import Config, ConfigError, load
+from training.config import Config, load
+from training.errors import UserError
 
 app = typer.Typer(
     name="bit",
@@ -169,13 +170,9 @@ def options(
 
 
 def main() -> None:
-    """Runs the command line; a user's error ends with its message and exit code 2, without a traceback."""
+    """Runs the command line; an error that the user can mend ends with its message and status 2, without a traceback."""
     try:
         app()
-    except ConfigError as error:
-        sys.exit(_told(error))
-
-
-def _told(error: Exception) -> int:
-    print(f"bit: {error}", file=sys.stderr)
-    return 2
+    except UserError as error:
+        print(f"bit: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from training.errors import UserError
 from training.hyperrule import Preset
 
 TENANT_SECTIONS = ("pack", "finetune", "evaluate", "export")
@@ -20,7 +21,7 @@ Positive = Annotated[int, Field(ge=1)]
 Precision = Literal["fp32", "bf16"]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A value that the user gave cannot be used. The message names it, the choices and the next step."""
 
 

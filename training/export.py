@@ -19,6 +19,7 @@ from services import preprocess
 from training import receipt, tracking
 from training.config import Config
 from training.data.shards import Dataset, Split
+from training.errors import UserError
 from training.models import graph, npz, zoo
 from training.models.resnet import ResNet, normalize
 
@@ -27,7 +28,7 @@ FORMAT = 1
 CHECKED = 64  # test pictures that ONNX Runtime and torch must agree on
 
 
-class ParityError(RuntimeError):
+class ParityError(UserError):
     """ONNX Runtime and torch disagree on the same pictures: the export must not be served."""
 
 

@@ -65,7 +65,7 @@ class Follower:
             self.refused[item] = str(error)
             self.metrics.refused.labels(item.tenant, item.version).set(1)
             log.error("%s version %s refused: %s", item.tenant, item.version, error)
-            self.registry.report(item, f"refused: {error} ({timestamp()})")
+            self._report(item, f"refused: {error} ({timestamp()})")
             return
         old = self.models.put(served)
         if old is not None and old.version != served.version and not self._used(old):
@@ -74,9 +74,16 @@ class Follower:
         self.metrics.swaps.labels(item.tenant).inc()
         log.info("%s@%s is version %s now", item.tenant, item.alias, item.version)
         state = "live" if item.alias == CHAMPION else "on trial"
-        self.registry.report(item, f"{state} since {timestamp()}")
+        self._report(item, f"{state} since {timestamp()}")
         del old
         gc.collect()
+
+    def _report(self, item: Wanted, state: str) -> None:
+        """A note that cannot be written (a read-only account, say) keeps no version from being served."""
+        try:
+            self.registry.report(item, state)
+        except (RegistryDown, Refused) as error:
+            log.warning("%s version %s: cannot write %r back: %s", item.tenant, item.version, state, error)
 
     def _used(self, old: Served) -> bool:
         return any(served.tenant == old.tenant and served.version == old.version for served in self.models.all())

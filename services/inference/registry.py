@@ -47,6 +47,7 @@ class FolderRegistry:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._hashes: dict[tuple[Path, int, int], str] = {}
 
     def poll(self) -> set[Wanted]:
         try:
@@ -64,10 +65,14 @@ class FolderRegistry:
     def report(self, wanted: Wanted, state: str) -> None:
         """A folder has no place for notes: the log and the API say it."""
 
-    @staticmethod
-    def _sha256(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def _sha256(self, path: Path) -> str:
+        """Read again only when size or time of change differ."""
+        stat = path.stat()
+        key = (path, stat.st_mtime_ns, stat.st_size)
+        if key not in self._hashes:
+            with path.open("rb") as file:
+                self._hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._hashes[key]
 
 
 class MLflowRegistry:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from services import preprocess
 from training.data import augment
 from training.data.shards import Split
+from training.errors import UserError
 
 CACHE_BYTES = 2 * 2**30  # decoded splits up to this size stay in memory
 WINDOW = 16_384  # examples that are shuffled together where a split is too large for the cache
@@ -59,9 +60,9 @@ class Stream:
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         if crop > resize:
-            raise ValueError(f"crop={crop} is larger than resize={resize}; choose resize ≥ crop.")
+            raise UserError(f"crop={crop} is larger than resize={resize}; choose resize ≥ crop.")
         if len(split) == 0:
-            raise ValueError(f"the split {split.name!r} is empty; there is nothing to train on.")
+            raise UserError(f"the split {split.name!r} is empty; there is nothing to train on.")
         self.split, self.seed, self.global_batch = split, seed, global_batch
         self.resize, self.crop, self.flips = (resize if crops else crop), crop, flips
         self.rank, self.world_size = rank, world_size

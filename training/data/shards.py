@@ -26,11 +26,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from training.errors import UserError
+
 FORMAT = 1
 INDEX, EXAMPLES = "index.json", "examples.parquet"
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """A dataset that cannot be read as shards; the message says what is missing or damaged."""
 
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.errors import UserError
+
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 TABLES = ("labels.csv", "labels.jsonl")
 SPLITS = ("train", "validation", "test")
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """A source that cannot be packed; the message names the place, what is wrong and what is expected."""
 
 

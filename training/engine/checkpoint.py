@@ -17,11 +17,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from training.engine.distributed import World
+from training.errors import UserError
 
 META = "meta.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint that belongs to another training; the message shows both fingerprints."""
 
 

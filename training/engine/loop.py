@@ -19,7 +19,17 @@ from training.engine.checkpoint import Checkpoints
 from training.engine.distributed import World
 from training.engine.progress import Progress
 from training.engine.signals import Preempted, stop_on_sigterm
+from training.errors import UserError
 from training.models.resnet import ResNet, normalize
+
+
+class BatchError(UserError):
+    """A global batch that cannot be cut into ranks and micro-batches."""
+
+
+class DivergedError(UserError):
+    """The loss is no longer finite."""
+
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -46,15 +56,15 @@ class Recipe:
     momentum: float = 0.9
 
     def num_micro(self, world_size: int) -> int:
-        """Forward/backward passes per optimizer step and rank. Raises ValueError where the batch cannot be split."""
+        """Forward/backward passes per optimizer step and rank. Raises BatchError where the batch cannot be split."""
         share, rest = divmod(self.global_batch, world_size)
         if rest or share == 0:
-            raise ValueError(f"global_batch={self.global_batch} does not divide over {world_size} ranks.")
+            raise BatchError(f"global_batch={self.global_batch} does not divide over {world_size} ranks.")
         micro = min(self.micro_batch or share, share)
         if share % micro:
-            raise ValueError(f"micro_batch={micro} does not divide a rank's share of {share} examples.")
+            raise BatchError(f"micro_batch={micro} does not divide a rank's share of {share} examples.")
         if self.mixup_alpha and micro % 2:
-            raise ValueError(f"micro_batch={micro} is odd; mixup pairs neighbours, so choose an even one.")
+            raise BatchError(f"micro_batch={micro} is odd; mixup pairs neighbours, so choose an even one.")
         return share // micro
 
 
@@ -72,7 +82,7 @@ def train(
     """Trains `model` in place for `recipe.steps` steps, from the newest checkpoint where there is one.
 
     log is called with figures and the number of steps done; evaluate every `evaluate_every` steps and at the end. On
-    SIGTERM the current step is finished, a checkpoint written and Preempted raised. Raises FloatingPointError when the loss
+    SIGTERM the current step is finished, a checkpoint written and Preempted raised. Raises DivergedError when the loss
     is no longer finite.
     """
     num_micro = recipe.num_micro(world.size)
@@ -109,7 +119,7 @@ def train(
                 mean_loss = float(world.sum(loss_sum)) / count
                 if not np.isfinite(mean_loss):
                     kept = checkpoints.complete()
-                    raise FloatingPointError(
+                    raise DivergedError(
                         f"the loss is {mean_loss} after step {steps} (lr {lr:g}). Lower lr; the last good checkpoint is "
                         f"{kept[-1] if kept else 'none yet'}."
                     )

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from training.errors import UserError
 from training.models.resnet import ResNet, units_of
 
 HEAD = ("resnet/head/conv2d/kernel", "resnet/head/conv2d/bias")
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A weights file that does not fit; the message names the first key that is wrong and what was expected."""
 
 

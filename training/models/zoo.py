@@ -6,7 +6,12 @@ Names are the paper's: R<depth>x<width factor>. R14x0.5 is the demo's: the same 
 import difflib
 from dataclasses import dataclass
 
+from training.errors import UserError
 from training.models.resnet import ResNet
+
+
+class ArchError(UserError):
+    """An architecture that the table lacks."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,13 @@ ARCHS = {
 
 
 def create(arch: str, num_classes: int) -> ResNet:
-    """A network with fresh filters and a zero head. Raises ValueError for an arch that the table lacks."""
+    """A network with fresh filters and a zero head. Raises ArchError for an arch that the table lacks."""
     if arch not in ARCHS:
         near = difflib.get_close_matches(arch, ARCHS, 1, cutoff=0.3)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"arch={arch!r} is not in the zoo.{hint} Choices: {', '.join(ARCHS)}.")
+        raise ArchError(f"arch={arch!r} is not in the zoo.{hint} Choices: {', '.join(ARCHS)}.")
     if num_classes < 1:
-        raise ValueError(f"num_classes={num_classes}: a head needs at least one class.")
+        raise ArchError(f"num_classes={num_classes}: a head needs at least one class.")
     row = ARCHS[arch]
     return ResNet(row.units, int(64 * row.factor), num_classes)
 

@@ -1,0 +1,20 @@
+"""What a person can mend. Every such error is one of these; `bit` prints its message and ends with status 2.
+
+UserError
+├── ConfigError       config.py      params.yaml, --set, a receipt that is not there yet
+├── SourceError       data/sources   pictures and tables that cannot be packed
+├── PackError         pack.py        a dataset that was refused
+├── DatasetError      data/shards    shards that are missing or damaged
+├── ArchError         models/zoo     an architecture that the table lacks
+├── WeightsError      models/npz     a weights file that does not fit
+├── CheckpointError   engine         a checkpoint of another training
+├── BatchError        engine         a batch that cannot be cut into ranks and micro-batches
+├── DivergedError     engine         the loss is no longer finite
+└── ParityError       export.py      ONNX Runtime and torch disagree
+
+Messages name the value, the choices and what to do next.
+"""
+
+
+class UserError(ValueError):
+    """Something that the person at the keyboard can mend."""
