@@ -299,8 +299,8 @@ def test_a_passed_deadline_is_504(service: Service) -> None:
 
 def test_importing_the_service_is_quick_and_needs_no_training_code() -> None:
     script = (
-        "import sys, time; began = time.perf_counter(); import services.inference.app; "
-        "took = time.perf_counter() - began; "
+        "import sys, time; began = time.process_time(); import services.inference.app; "
+        "took = time.process_time() - began; "
         "print(took, 'torch' in sys.modules, any(name.startswith('training') for name in sys.modules))"
     )
     runs = [
@@ -308,7 +308,7 @@ def test_importing_the_service_is_quick_and_needs_no_training_code() -> None:
         for _ in range(3)
     ]
     assert {tuple(run[1:]) for run in runs} == {("False", "False")}
-    assert min(float(run[0]) for run in runs) < 0.6
+    assert min(float(run[0]) for run in runs) < 0.4  # of a processor, whatever else the machine does
 
 
 def test_help_names_every_setting() -> None:
