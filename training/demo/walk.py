@@ -40,7 +40,8 @@ def main(config: Config) -> None:
             answers.append(f"POST /v1/{tenant}/classify < {shown} → {answer} ({probability}), version {version}")
             rows.append(fleet.row(receipt.read("register", tenant)) | {"latency": latency})
 
-    console = Console()
+    width = None if sys.stdout.isatty() else 110  # a log has no width of its own
+    console = Console(width=width)
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*row.values())
