@@ -38,9 +38,14 @@ def stage(name: str, config: Config, *arguments: Any) -> None:
 
 
 @app.command()
-def pack(tenant: MaybeTenant = None, overrides: Set = None) -> None:
+def pack(
+    tenant: MaybeTenant = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse the whole when one picture cannot be read.")] = False,
+    overrides: Set = None,
+) -> None:
     """Pictures → shards: the upstream pictures, or those of one tenant."""
-    stage("pack", load(tenant=tenant, overrides=overrides or ()), tenant)
+    stated = [*(overrides or ()), *(["pack.strict=true"] if strict else [])]
+    stage("pack", load(tenant=tenant, overrides=stated), tenant)
 
 
 @app.command()
