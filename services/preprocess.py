@@ -31,9 +31,9 @@ class PictureError(ValueError):
     """The bytes are not a picture that can be read; the message says what was found."""
 
 
-def pixels(data: bytes, size: int) -> Pixels:
+def pixels(data: bytes, size: int, max_pixels: int = MAX_PIXELS) -> Pixels:
     """An encoded picture as uint8 [size, size, 3] RGB, squashed to a square (BiT, section 3.3). Raises PictureError."""
-    return resize(decode(data, size), size)
+    return resize(decode(data, size, max_pixels), size)
 
 
 def resize(image: Pixels, size: int) -> Pixels:
@@ -45,19 +45,21 @@ def resize(image: Pixels, size: int) -> Pixels:
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def decode(data: bytes, min_side: int | None = None) -> Pixels:
-    """An encoded picture as uint8 [h, w, 3] RGB, upright (EXIF applied), transparency on white.
+def decode(data: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """An encoded picture as uint8 [h, w, 3] RGB, upright (EXIF applied), transparency on white, of an animation the first frame.
 
     min_side: a JPEG may come back smaller than it is, but with no side below this. Raises PictureError.
     """
     kind = sniff(data)
     if kind is None:
         raise PictureError(
-            f"not a picture: {len(data)} bytes that begin with {data[:8]!r}. Send JPEG, PNG, WebP, BMP or TIFF."
+            f"not a picture: {len(data)} bytes that begin with {data[:8]!r}. Send JPEG, PNG, WebP, GIF, BMP or TIFF."
         )
     size = dimensions(data)
-    if size and size[0] * size[1] > MAX_PIXELS:
-        raise PictureError(f"a {kind} of {size[0]} × {size[1]} pixels; at most {MAX_PIXELS:,} pixels are read.")
+    if kind == "tiff" and size is None:
+        raise PictureError(f"a tiff of {len(data)} bytes whose directory does not tell its size.")
+    if size and size[0] * size[1] > max_pixels:
+        raise PictureError(f"a {kind} of {size[0]} × {size[1]} pixels; at most {max_pixels:,} pixels are read.")
     image = _decode_jpeg(data, min_side) if kind == "jpeg" else None
     return image if image is not None else _decode_any(data, kind)
 
@@ -85,6 +87,9 @@ def dimensions(data: bytes) -> tuple[int, int] | None:
             return width, abs(height)
         if kind == "webp":
             return _webp_dimensions(data)
+        if kind == "tiff":
+            tags = _ifd(data)
+            return tags[0x0100], tags[0x0101]
     except (ValueError, KeyError, struct.error):
         return None
     return None
@@ -157,17 +162,24 @@ def _exif_orientation(data: bytes) -> int:
     start = data.find(b"Exif\x00\x00", 0, 65_536)
     if start < 0:
         return 1
-    tiff = data[start + 6 : start + 65_536]
+    try:
+        orientation = _ifd(data[start + 6 : start + 65_536]).get(0x0112, 1)
+    except (struct.error, ValueError):
+        return 1
+    return orientation if 1 <= orientation <= 8 else 1
+
+
+def _ifd(tiff: bytes) -> dict[int, int]:
+    """The whole numbers of a TIFF's first directory, tag → value (TIFF 6.0, section 2). Raises ValueError, struct.error."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
-        return 1
-    try:
-        (offset,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, offset)
-        for entry in range(min(count, 512)):
-            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, offset + 2 + 12 * entry)
-            if tag == 0x0112:
-                return value if 1 <= value <= 8 else 1
-    except struct.error:
-        return 1
-    return 1
+        raise ValueError("no TIFF")
+    (offset,) = struct.unpack_from(order + "I", tiff, 4)
+    (count,) = struct.unpack_from(order + "H", tiff, offset)
+    found = {}
+    for entry in range(min(count, 512)):
+        at = offset + 2 + 12 * entry
+        tag, kind = struct.unpack_from(order + "HH", tiff, at)
+        if kind in (3, 4):  # SHORT and LONG; a single one stands in the entry itself
+            (found[tag],) = struct.unpack_from(order + ("H" if kind == 3 else "I"), tiff, at + 8)
+    return found

@@ -20,7 +20,7 @@ MLFLOW_START_S, SERVICE_START_S = 60, 30
 
 
 @contextmanager
-def process(name: str, command: list[str], log: Path, environment: dict[str, str] | None = None) -> Iterator[None]:
+def process(name: str, command: list[str], log: Path, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A child process that gets SIGTERM at the end, and SIGKILL if it is still there 35 s later. Output goes to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -32,7 +32,7 @@ def process(name: str, command: list[str], log: Path, environment: dict[str, str
             start_new_session=True,  # Ctrl-C reaches us alone; the children are stopped in order
         )
     try:
-        yield
+        yield child
         if child.poll() is not None:
             raise ConfigError(f"{name} ended by itself (status {child.returncode}); its output is in {log}")
     finally:

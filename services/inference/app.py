@@ -1,55 +1,73 @@
 """bit-serve: the composition root, and the inference paths as plain ASGI (28 k requests/s where a framework does 12 to 22 k).
 
-POST /v1/<tenant>[@<alias>]/classify      body: one picture
+POST /v1/<tenant>[@<alias>]/classify      body: one picture, or a multipart form of several
+POST /v1/<tenant>[@<alias>]/features      the same, answered with embeddings
 POST /v2/models/<tenant>[@<alias>][/versions/<n>]/infer
+
+A request is judged at its headers (key, size, quota, queue) before its body is read: reading 40 kB only to refuse halves what is
+left for the others under a storm of retries.
 """
 
 import asyncio
-import contextlib
 import logging
 import sys
 import time
-import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
-from importlib.metadata import version
 from typing import Any
-from urllib.parse import parse_qs
 
+import numpy as np
 import orjson
-import uvicorn
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from services.inference import protocol
-from services.inference.errors import BadRequest, MethodNotAllowed, ServiceError, TooLarge
+from services.inference import bodies, connections, explain, protocol
+from services.inference.access import AccessLog
+from services.inference.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    Headers,
+    MethodNotAllowed,
+    Refused,
+    ServiceError,
+    Unavailable,
+)
+from services.inference.exchange import Exchange, Route, Scope, route_of
 from services.inference.follower import Follower
 from services.inference.metrics import Metrics
-from services.inference.models import Models, Served
+from services.inference.models import Cold, Models, Served
 from services.inference.pages import pages
-from services.inference.registry import FolderRegistry, MLflowRegistry
+from services.inference.registry import FolderRegistry, MLflowRegistry, RegistryDown
 from services.inference.scheduler import Scheduler, Work
 from services.inference.settings import Settings
+from services.inference.tenants import Tenants
 
-Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
+Rows = list[NDArray[np.float32]]
 
 log = logging.getLogger("bit.serve")
 JSON = (b"content-type", b"application/json")
+BINARY = (b"content-type", b"application/octet-stream")
+LONG_BODY, LONG_ANSWER = 256 * 1024, 4 * 1024  # bytes above which parsing leaves the event loop, and compressing pays
+STAGES = {"queue": "queue", "decode": "compute_input", "infer": "compute_infer"}  # our name → Triton's
 
 
 class App:
     """The ASGI application. What runs (follower, workers) starts and ends with the ASGI lifespan."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.metrics, self.models = settings, Metrics(), Models()
+        self.settings, self.metrics = settings, Metrics()
+        self.models = Models(settings.memory_mb * 2**20, settings.pinned)
+        self.tenants = Tenants(settings.tenants)
         registry = (
             FolderRegistry(settings.models)
             if settings.models
             else MLflowRegistry(settings.tracking_uri, settings.cache_dir, settings.write_back)
         )
         self.follower = Follower(registry, self.models, self.metrics, settings.poll_interval_s, settings.max_batch)
-        self.pages = pages(self.models, self.follower, self.metrics, version("bit-mlops"))
+        self.draining = asyncio.Event()
+        self.pages = pages(self.models, self.follower, self.metrics, self.tenants, settings, self.draining)
+        self.access: AccessLog | None = None
         self.scheduler: Scheduler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,178 +80,212 @@ class App:
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
-        settings = self.settings
-        self.scheduler = Scheduler(settings.workers, settings.max_batch, settings.max_queue_ms, self.metrics)
+        given = self.settings
+        self.scheduler = Scheduler(
+            given.workers, given.max_batch, given.max_batch_ms, given.max_queue_ms, given.max_pixels, self.metrics
+        )
+        self.access = AccessLog() if given.access_log else None
         self.follower.start()
+        watch = asyncio.create_task(self._watch_tenants())
         await send({"type": "lifespan.startup.complete"})
         await receive()
+        watch.cancel()
         await asyncio.to_thread(self.follower.stop)
         await asyncio.to_thread(self.scheduler.close)
+        if self.access:
+            self.access.close()
         await send({"type": "lifespan.shutdown.complete"})
 
-    async def _answer(self, route: "Route", scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1")[:128] or uuid.uuid4().hex
-        served, status = None, 500
-        began = time.monotonic()
+    async def _watch_tenants(self) -> None:
+        """Keys and quotas follow their file; one that cannot be read leaves in force what was."""
+        while self.tenants.path is not None:
+            await asyncio.sleep(self.settings.poll_interval_s)
+            try:
+                if self.tenants.reload():
+                    log.info("keys and quotas read again from %s", self.tenants.path)
+            except (OSError, ValueError) as error:
+                log.error("keys and quotas stay as they were: %s", error)
+
+    async def _answer(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(*route, scope, dict(scope["headers"]))
         self.metrics.in_flight.inc()
+        status = 500
         try:
-            if scope["method"] != "POST":
-                raise MethodNotAllowed(f"{scope['method']} is not allowed here; use POST")
-            served = self.models.find(route.name, route.version)
-            body = await read_body(receive, headers, self.settings.max_body_bytes)
-            began = time.monotonic()
-            answer = self._classify if route.action == "classify" else self._infer
-            data, extra = await answer(served, route.name, scope, headers, body, request_id)
+            data, extra = await self._serve(exchange, receive)
             status = 200
         except ServiceError as error:
             status, data, extra = error.status, orjson.dumps({"error": str(error)}), [JSON, *error.headers]
         except Exception:
-            log.exception("request %s failed", request_id)
-            data, extra = orjson.dumps({"error": f"internal error; request id {request_id}"}), [JSON]
+            log.exception("request %s failed", exchange.request_id)
+            data, extra = orjson.dumps({"error": f"internal error; request id {exchange.request_id}"}), [JSON]
         finally:
             self.metrics.in_flight.dec()
-        tenant, number = (served.tenant, served.version) if served else ("", "")
-        self.metrics.requests.labels(tenant, number, str(status)).inc()
-        if status == 200:
-            self.metrics.latency.labels(tenant, number).observe(time.monotonic() - began)
-        extra += [(b"content-length", str(len(data)).encode()), (b"x-request-id", request_id.encode("latin-1"))]
+        if len(data) > LONG_ANSWER and (shrunk := bodies.compress(data, exchange.headers.get(b"accept-encoding", b""))):
+            data = shrunk[0]
+            extra.append(shrunk[1])
+        if self.draining.is_set():
+            extra.append(bodies.CLOSE)
+        extra += [(b"content-length", b"%d" % len(data)), (b"x-request-id", exchange.request_id.encode("latin-1"))]
+        self._count(exchange, status, len(data))
         await send({"type": "http.response.start", "status": status, "headers": extra})
         await send({"type": "http.response.body", "body": data})
 
+    async def _serve(self, exchange: Exchange, receive: Receive) -> tuple[bytes, Headers]:
+        """The answer's body and headers. Everything before the body is read is cheap."""
+        headers, limit = exchange.headers, self.settings.max_body_bytes
+        if exchange.scope["method"] != "POST":
+            raise MethodNotAllowed(f"{exchange.scope['method']} is not allowed here; use POST", "POST")
+        self.tenants.authorize(exchange.tenant, headers)
+        size = bodies.announced(headers, limit)
+        exchange.deadline = exchange.began + exchange.timeout_s(self.settings.timeout_ms)
+        exchange.served, exchange.alias = await self._find(exchange)
+        self.scheduler.check(exchange.tenant)
+        with self.tenants.admit(exchange.tenant, size) as quota:
+            exchange.quota = quota
+            body = await bodies.read(receive, headers, limit, self.settings.body_timeout_s)
+            if exchange.action == "infer":
+                return await self._infer(exchange, body)
+            pictures, names = bodies.pictures(body, headers, self.settings.max_pictures)
+            answer = self._classify if exchange.action == "classify" else self._features
+            return await answer(exchange, pictures, names)
+
+    async def _find(self, exchange: Exchange) -> tuple[Served, str]:
+        """The version asked for, loaded first where it isn't in memory. Raises NotFound, Unavailable, DeadlineExceeded."""
+        try:
+            return self.models.find(exchange.name, exchange.wanted)
+        except Cold as error:
+            cold = error
+        loading = self.follower.load(cold)
+        if self.settings.cold == "refuse":
+            raise Unavailable(f"{exchange.name!r} is being loaded; try again", after_s=2)
+        try:
+            async with asyncio.timeout(exchange.deadline - time.monotonic()):
+                served = await asyncio.shield(asyncio.wrap_future(loading))
+        except TimeoutError:
+            raise DeadlineExceeded(f"{exchange.name!r} was still loading when the deadline passed") from None
+        except (Refused, RegistryDown) as error:
+            raise Unavailable(f"version {cold.wanted.version} of {exchange.tenant!r} cannot be loaded", 10) from error
+        return served, cold.wanted.alias
+
     async def _classify(
-        self, served: Served, name: str, scope: Scope, headers: dict[bytes, bytes], body: bytes, request_id: str
+        self, exchange: Exchange, pictures: list[bytes], names: list[str] | None
     ) -> tuple[bytes, Headers]:
-        if not body:
-            raise BadRequest("the body is empty; send the bytes of one picture")
-        top = _top(scope["query_string"])
-        rows, timings = await self._run(served, [body], ("probabilities",), headers)
-        answer = {
+        served, query = exchange.version, exchange.query()
+        top = exchange.top() or len(served.session.card.classes)
+        how = query.get("explain", "0")
+        if how not in ("0", "1", "overlay"):
+            raise BadRequest(f"explain={how!r} must be 0, 1 (numbers) or overlay (a picture)")
+        outputs = ("probabilities",) if how == "0" else ("probabilities", "feature_map", "head_weight")
+        rows = await self._run(exchange, pictures, outputs)
+        answers = [protocol.classification(served, row, top) for row in rows[0]]
+        if how != "0":
+            await asyncio.to_thread(self._explain, answers, pictures, rows, how)
+        return self._told(exchange, answers, names), [JSON, *exchange.origin()]
+
+    def _explain(self, answers: list[dict[str, Any]], pictures: list[bytes], rows: Rows, how: str) -> None:
+        for answer, picture, feature_map in zip(answers, pictures, rows[1], strict=True):
+            best = answer["predictions"][0]
+            heat = explain.activation_map(feature_map, rows[2], best["index"])
+            told: dict[str, Any] = {"class": best["class"]}
+            if how == "overlay":
+                told["overlay"] = explain.overlay(picture, heat, self.settings.max_pixels)
+            else:
+                told["map"] = [[round(float(value), 4) for value in row] for row in heat]
+            answer["explanation"] = told
+
+    async def _features(
+        self, exchange: Exchange, pictures: list[bytes], names: list[str] | None
+    ) -> tuple[bytes, Headers]:
+        [rows] = await self._run(exchange, pictures, ("features",))
+        if exchange.headers.get(b"accept") == BINARY[1]:
+            shape = (b"x-shape", ",".join(map(str, rows.shape)).encode())
+            return np.ascontiguousarray(rows).tobytes(), [BINARY, shape, *exchange.origin()]
+        answers = [{"features": row.tolist()} for row in rows]
+        return self._told(exchange, answers, names), [JSON, *exchange.origin()]
+
+    def _told(self, exchange: Exchange, answers: list[dict[str, Any]], names: list[str] | None) -> bytes:
+        """One answer for a plain body; a list of them for a form, whatever the number of its files."""
+        served = exchange.version
+        who = {
             "tenant": served.tenant,
             "version": served.version,
-            "alias": served.alias,
+            "alias": exchange.alias,
             "sha256": served.sha256,
-            "request_id": request_id,
-            **protocol.classification(served, rows[0][0], top or len(served.session.card.classes)),
+            "request_id": exchange.request_id,
         }
-        return orjson.dumps(answer), [JSON, timings, *_origin(served)]
+        if names is None:
+            return orjson.dumps(who | answers[0])
+        return orjson.dumps(who | {"answers": [{"name": n, **a} for n, a in zip(names, answers, strict=True)]})
 
-    async def _infer(
-        self, served: Served, name: str, scope: Scope, headers: dict[bytes, bytes], body: bytes, request_id: str
-    ) -> tuple[bytes, Headers]:
-        length = headers.get(b"inference-header-content-length")
+    async def _infer(self, exchange: Exchange, body: bytes) -> tuple[bytes, Headers]:
+        length = exchange.headers.get(b"inference-header-content-length")
         if length is not None and not length.isdigit():
             raise BadRequest("Inference-Header-Content-Length must be a number")
-        request = protocol.parse(body, int(length) if length else None, served.session.card.resolution)
-        rows, timings = await self._run(served, request.pixels, request.outputs, headers)
-        data, json_length = protocol.render(served, name, request, rows)
+        served = exchange.version
+        parts = (body, int(length) if length else None, served.session.card.resolution)
+        if len(body) > LONG_BODY and not length:  # megabytes of JSON would hold up everybody else
+            request = await asyncio.to_thread(protocol.parse, *parts)
+        else:
+            request = protocol.parse(*parts)
+        if len(request.data) > self.settings.max_pictures:
+            raise BadRequest(f"{len(request.data)} pictures; at most {self.settings.max_pictures} are answered at once")
+        rows = await self._run(exchange, request.data, request.outputs)
+        data, json_length = protocol.render(served, exchange.name, request, rows)
         if json_length is None:
-            return data, [JSON, timings, *_origin(served)]
-        binary = [
-            (b"content-type", b"application/octet-stream"),
-            (b"inference-header-content-length", str(json_length).encode()),
-        ]
-        return data, [*binary, timings, *_origin(served)]
+            return data, [JSON, *exchange.origin()]
+        head = (b"inference-header-content-length", b"%d" % json_length)
+        return data, [BINARY, head, *exchange.origin()]
 
-    async def _run(self, served: Served, data: Any, outputs: tuple[str, ...], headers: dict[bytes, bytes]) -> Any:
-        """Rows of the outputs, and where the time went as a Server-Timing header."""
-        deadline = time.monotonic() + _timeout_s(headers, self.settings.timeout_ms)
-        work = Work(served, data, outputs, deadline, asyncio.get_running_loop().create_future())
-        rows = await self.scheduler.submit(work)
-        for stage, seconds in work.timings.items():
-            self.metrics.stage.labels(stage).observe(seconds)
-        told = ", ".join(f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in work.timings.items())
-        return rows, (b"server-timing", told.encode())
+    async def _run(self, exchange: Exchange, data: Any, outputs: tuple[str, ...]) -> Rows:
+        """Rows of the outputs; where the time went is noted in `exchange.timings`."""
+        answer: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
+        work = Work(exchange.version, data, outputs, exchange.deadline, answer, exchange.quota.weight)
+        exchange.timings = work.timings
+        return await self.scheduler.submit(work)
 
-
-class Route:
-    """What an inference path asks for: action ("classify" or "infer"), name (tenant[@alias]) and perhaps a version."""
-
-    __slots__ = ("action", "name", "version")
-
-    def __init__(self, action: str, name: str, version: str | None = None) -> None:
-        self.action, self.name, self.version = action, name, version
-
-
-def route_of(path: str) -> Route | None:
-    """None for every path that isn't an inference."""
-    match path.split("/")[1:]:
-        case ["v1", name, "classify"]:
-            return Route("classify", name)
-        case ["v2", "models", name, "infer"]:
-            return Route("infer", name)
-        case ["v2", "models", name, "versions", number, "infer"]:
-            return Route("infer", name, number)
-    return None
-
-
-async def read_body(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
-    """The whole body; refused from its announced length on, before it is read. Raises TooLarge, BadRequest."""
-    announced = headers.get(b"content-length", b"0")
-    too_large = TooLarge(f"the body is larger than {limit:,} bytes")
-    if announced.isdigit() and int(announced) > limit:
-        raise too_large
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise BadRequest("the client went away before its request was complete")
-        part = message.get("body", b"")
-        size += len(part)
-        if size > limit:
-            raise too_large
-        parts.append(part)
-        if not message.get("more_body"):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _origin(served: Served) -> Headers:
-    told = {"x-model-version": served.version, "x-model-alias": served.alias, "x-model-sha256": served.sha256}
-    return [(key.encode(), value.encode()) for key, value in told.items()]
-
-
-def _top(query: bytes) -> int | None:
-    if not query or not (values := parse_qs(query.decode("latin-1")).get("top")):
-        return None
-    if not values[0].isdigit() or int(values[0]) < 1:
-        raise BadRequest(f"top={values[0]!r} must be a whole number from 1")
-    return int(values[0])
-
-
-def _timeout_s(headers: dict[bytes, bytes], default_ms: float) -> float:
-    """Seconds that the request may take: header X-Timeout-Ms, at most the service's own limit."""
-    given = headers.get(b"x-timeout-ms")
-    if given is None:
-        return default_ms / 1000
-    with contextlib.suppress(ValueError):
-        if 0 < float(given) < float("inf"):
-            return min(float(given), default_ms) / 1000
-    raise BadRequest("X-Timeout-Ms must be a positive number of milliseconds")
+    def _count(self, exchange: Exchange, status: int, size_bytes: int) -> None:
+        took, served = time.monotonic() - exchange.began, exchange.served
+        tenant, number = (served.tenant, served.version) if served else ("", "")
+        self.metrics.requests.labels(tenant, number, str(status)).inc()
+        if served is not None:
+            served.stats.last = time.time()
+            served.stats.add("success" if status == 200 else "fail", took)
+            for stage, seconds in exchange.timings.items():
+                served.stats.add(STAGES[stage], seconds)
+                self.metrics.stage.labels(tenant, number, stage).observe(seconds)
+            if status == 200:
+                self.metrics.latency.labels(tenant, number).observe(took)
+        if self.access:
+            self.access.add(
+                time=time.time(),
+                request_id=exchange.request_id,
+                trace_id=exchange.trace_id(),
+                method=exchange.scope["method"],
+                path=exchange.scope["path"],
+                tenant=tenant,
+                version=number,
+                alias=exchange.alias,
+                status=status,
+                bytes=size_bytes,
+                ms=round(took * 1000, 2),
+                **{f"{stage}_ms": round(seconds * 1000, 2) for stage, seconds in exchange.timings.items()},
+            )
 
 
 def main() -> None:
     """Reads settings from flags and BIT_SERVE_… variables, then serves until SIGTERM or Ctrl-C."""
     try:
         settings = Settings(_cli_parse_args=True)
+        app = App(settings)
     except ValidationError as error:
         for problem in error.errors():
             print(f"bit-serve: {problem['loc'][0]} = {problem['input']!r}: {problem['msg']}", file=sys.stderr)
         sys.exit(2)
+    except (OSError, ValueError) as error:
+        sys.exit(f"bit-serve: {error}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    sys.setswitchinterval(0.0005)  # the event loop gets the interpreter back sooner from the workers (measured)
-    uvicorn.run(
-        App(settings),
-        host=settings.host,
-        port=settings.port,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        access_log=False,
-        log_config=None,
-        timeout_graceful_shutdown=30,
-        server_header=False,
-    )
+    connections.run(app, settings, app.draining.set)
 
 
 if __name__ == "__main__":

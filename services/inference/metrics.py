@@ -23,7 +23,7 @@ class Metrics:
         self.stage = Histogram(
             "bit_stage_seconds",
             "Time of each stage of a request: queue, decode, infer",
-            ("stage",),
+            ("tenant", "version", "stage"),
             buckets=LATENCY_BUCKETS,
             registry=self.registry,
         )
@@ -34,7 +34,13 @@ class Metrics:
             "bit_in_flight_requests", "Requests accepted and not yet answered", registry=self.registry
         )
         self.loaded = Gauge(
-            "bit_model_bytes", "Size of each served export", ("tenant", "version"), registry=self.registry
+            "bit_model_bytes", "Memory of each loaded version", ("tenant", "version"), registry=self.registry
+        )
+        self.loads = Histogram(
+            "bit_load_seconds",
+            "Time to fetch, verify and warm up a version",
+            buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
+            registry=self.registry,
         )
         self.swaps = Counter("bit_swaps_total", "Versions put into service", ("tenant",), registry=self.registry)
         self.refused = Gauge(
@@ -44,3 +50,8 @@ class Metrics:
             registry=self.registry,
         )
         self.registry_up = Gauge("bit_registry_up", "1 while the registry answers", registry=self.registry)
+
+    def forget(self, tenant: str, version: str) -> None:
+        """Drops the series of a version that left memory: a thousand promotions must not leave a thousand series."""
+        for metric in (self.requests, self.latency, self.stage, self.loaded):
+            metric.remove_by_labels({"tenant": tenant, "version": version})

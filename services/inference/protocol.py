@@ -14,21 +14,30 @@ from services.inference.engine import OUTPUTS
 from services.inference.errors import BadRequest
 from services.inference.models import Served
 
-DATATYPES = {"UINT8": np.uint8, "FP32": np.float32, "INT32": np.int32, "INT64": np.int64}
+INPUTS = ("pixels", "picture")
+PLATFORM = "onnxruntime_onnx"
 
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A parsed request. pixels: uint8 [n, S, S, 3]; binary: names of the outputs wanted as binary."""
+    """A parsed request. data: pixels uint8 [n, S, S, 3], or n encoded pictures; binary: names of the outputs wanted as binary;
+    classification: output → how many classes, for outputs wanted as "value:index:label".
+    """
 
     id: str | None
-    pixels: NDArray[np.uint8]
+    data: NDArray[np.uint8] | list[bytes]
     outputs: tuple[str, ...]
     binary: frozenset[str]
+    classification: dict[str, int]
 
 
 def parse(body: bytes, json_length: int | None, resolution: int) -> InferRequest:
-    """An infer request's body; json_length is the header Inference-Header-Content-Length. Raises BadRequest."""
+    """An infer request's body; json_length is the header Inference-Header-Content-Length. Raises BadRequest.
+
+    Length 0 is Triton's "raw binary request": the body is the single input, here one encoded picture.
+    """
+    if json_length == 0:
+        return InferRequest(None, [body], ("probabilities",), frozenset(("probabilities",)), {})
     if json_length is not None and not 0 <= json_length <= len(body):
         raise BadRequest(f"Inference-Header-Content-Length {json_length} does not fit a body of {len(body)} bytes")
     try:
@@ -36,34 +45,66 @@ def parse(body: bytes, json_length: int | None, resolution: int) -> InferRequest
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"the body is not JSON: {error}") from None
     if not isinstance(request, dict) or not isinstance(request.get("inputs"), list) or len(request["inputs"]) != 1:
-        raise BadRequest("the body needs `inputs` with one tensor, `pixels`")
-    pixels = _tensor(request["inputs"][0], b"" if json_length is None else body[json_length:], resolution)
-    parameters = request.get("parameters") or {}
+        raise BadRequest("the body needs `inputs` with one tensor, `pixels` or `picture`")
+    tensor, tail = request["inputs"][0], b"" if json_length is None else body[json_length:]
+    if not isinstance(tensor, dict) or tensor.get("name") not in INPUTS:
+        raise BadRequest("the one input is named `pixels` (UINT8) or `picture` (BYTES, encoded pictures)")
+    data = _pixels(tensor, tail, resolution) if tensor["name"] == "pixels" else _pictures(tensor, tail)
     wanted = request.get("outputs") or [{"name": "probabilities"}]
     if not isinstance(wanted, list) or not all(isinstance(output, dict) for output in wanted):
         raise BadRequest("`outputs` must be a list of objects with a `name`")
-    names = tuple(str(output.get("name")) for output in wanted)
-    for name in names:
+    all_binary = bool(_parameters(request).get("binary_data_output"))
+    binary, classification = set(), {}
+    for output in wanted:
+        name, parameters = str(output.get("name")), _parameters(output)
         if name not in OUTPUTS:
             raise BadRequest(f"unknown output {name!r}. Choices: {', '.join(OUTPUTS)}.")
-    all_binary = bool(parameters.get("binary_data_output"))
-    binary = {
-        n for n, o in zip(names, wanted, strict=True) if (o.get("parameters") or {}).get("binary_data", all_binary)
-    }
+        if parameters.get("binary_data", all_binary):
+            binary.add(name)
+        if count := parameters.get("classification", 0):
+            if name != "probabilities" or not isinstance(count, int) or count < 0:
+                raise BadRequest("`classification` is a number of classes, for the output `probabilities`")
+            classification[name] = count
     identifier = request.get("id")
-    return InferRequest(None if identifier is None else str(identifier), pixels, names, frozenset(binary))
+    names = tuple(str(output["name"]) for output in wanted)
+    return InferRequest(None if identifier is None else str(identifier), data, names, frozenset(binary), classification)
 
 
-def _tensor(tensor: Any, raw: bytes, resolution: int) -> NDArray[np.uint8]:
-    if not isinstance(tensor, dict) or tensor.get("name") != "pixels":
-        raise BadRequest("the one input is named `pixels`")
+def _parameters(holder: dict[str, Any]) -> dict[str, Any]:
+    parameters = holder.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise BadRequest("`parameters` must be an object")
+    return parameters
+
+
+def _pictures(tensor: dict[str, Any], raw: bytes) -> list[bytes]:
+    """Encoded pictures: a BYTES tensor [n], each element 4 bytes of length (little-endian) and the bytes."""
+    shape, size = tensor.get("shape"), _parameters(tensor).get("binary_data_size")
+    if tensor.get("datatype") != "BYTES" or not isinstance(shape, list) or len(shape) not in (1, 2):
+        raise BadRequest("`picture` has the datatype BYTES and the shape [n]")
+    if size is None or size != len(raw):
+        raise BadRequest(f"`picture` comes as binary data; binary_data_size is {size}, {len(raw)} bytes came")
+    found: list[bytes] = []
+    at = 0
+    while at < len(raw):
+        length = int.from_bytes(raw[at : at + 4], "little")
+        if at + 4 + length > len(raw):
+            raise BadRequest(f"element {len(found)} of `picture` is {length} bytes long, more than came")
+        found.append(raw[at + 4 : at + 4 + length])
+        at += 4 + length
+    if not found or len(found) != shape[0] or shape[1:] not in ([], [1]):
+        raise BadRequest(f"`picture` has the shape {shape}, but {len(found)} elements came")
+    return found
+
+
+def _pixels(tensor: dict[str, Any], raw: bytes, resolution: int) -> NDArray[np.uint8]:
     if tensor.get("datatype") != "UINT8":
         raise BadRequest(f"`pixels` has the datatype UINT8, not {tensor.get('datatype')!r}")
     shape = tensor.get("shape")
     expected = [resolution, resolution, 3]
     if not isinstance(shape, list) or shape[1:] != expected or not isinstance(shape[0], int) or shape[0] < 1:
         raise BadRequest(f"`pixels` has the shape [n, {resolution}, {resolution}, 3], not {shape}")
-    size = (tensor.get("parameters") or {}).get("binary_data_size")
+    size = _parameters(tensor).get("binary_data_size")
     count = shape[0] * resolution * resolution * 3
     if size is not None:
         if size != count or len(raw) != count:
@@ -87,41 +128,94 @@ def render(
     outputs, tail = [], []
     for output, array in zip(request.outputs, rows, strict=True):
         told: dict[str, Any] = {"name": output, "shape": list(array.shape), "datatype": "FP32"}
+        texts = None
+        if output in request.classification:
+            texts = _classified(array, served.session.card.classes, request.classification[output])
+            told |= {"datatype": "BYTES", "shape": [len(texts), len(texts[0])]}
         if output in request.binary:
-            data = np.ascontiguousarray(array, np.float32).tobytes()
+            data = _elements(texts) if texts else np.ascontiguousarray(array, np.float32).tobytes()
             told["parameters"] = {"binary_data_size": len(data)}
             tail.append(data)
         else:
-            told["data"] = np.ascontiguousarray(array).ravel()
+            told["data"] = [text for row in texts for text in row] if texts else np.ascontiguousarray(array).ravel()
         outputs.append(told)
-    answer: dict[str, Any] = {"model_name": name, "model_version": served.version, "outputs": outputs}
+    answer: dict[str, Any] = {
+        "model_name": name,
+        "model_version": served.version,
+        "parameters": {"sha256": served.sha256},
+        "outputs": outputs,
+    }
     if request.id is not None:
         answer["id"] = request.id
     header = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
     return header + b"".join(tail), len(header) if tail else None
 
 
-def metadata(served: Served, name: str) -> dict[str, Any]:
+def _classified(array: NDArray[np.float32], classes: list[str], count: int) -> list[list[str]]:
+    """Triton's classification extension: the best classes of each row as "value:index:label"."""
+    best = np.argsort(-array, axis=1, kind="stable")[:, :count]
+    return [[f"{row[i]:.6f}:{i}:{classes[i]}" for i in order] for row, order in zip(array, best, strict=True)]
+
+
+def _elements(texts: list[list[str]]) -> bytes:
+    encoded = [text.encode() for row in texts for text in row]
+    return b"".join(len(text).to_bytes(4, "little") + text for text in encoded)
+
+
+def metadata(served: Served, name: str, aliases: list[str]) -> dict[str, Any]:
     """GET v2/models/{name}: the tensors, and beneath `parameters` what the version says of itself."""
-    card = served.session.card
-    side, classes = card.resolution, len(card.classes)
+    side, classes = served.session.card.resolution, len(served.session.card.classes)
     return {
         "name": name,
         "versions": [served.version],
-        "platform": "onnxruntime_onnx",
+        "platform": PLATFORM,
         "inputs": [{"name": "pixels", "datatype": "UINT8", "shape": [-1, side, side, 3]}],
         "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [-1, classes]}],
-        "parameters": describe(served),
+        "parameters": describe(served, aliases) | {"other_inputs": ["picture"], "other_outputs": list(OUTPUTS[1:])},
     }
 
 
-def describe(served: Served) -> dict[str, Any]:
+def config(served: Served, name: str, max_batch: int) -> dict[str, Any]:
+    """GET v2/models/{name}/config: Triton's ModelConfig, as far as it applies."""
+    side, classes = served.session.card.resolution, len(served.session.card.classes)
+    return {
+        "name": name,
+        "platform": PLATFORM,
+        "backend": "onnxruntime",
+        "version_policy": {"specific": {"versions": [int(served.version)] if served.version.isdigit() else []}},
+        "max_batch_size": max_batch,
+        "input": [{"name": "pixels", "data_type": "TYPE_UINT8", "format": "FORMAT_NHWC", "dims": [side, side, 3]}],
+        "output": [{"name": "probabilities", "data_type": "TYPE_FP32", "dims": [classes]}],
+        "instance_group": [{"name": name, "kind": "KIND_CPU"}],
+        "parameters": {"sha256": {"string_value": served.sha256}},
+    }
+
+
+def statistics(served: Served, name: str) -> dict[str, Any]:
+    """One element of `model_stats` in GET v2/models/{name}/stats (Triton's statistics extension)."""
+    stats = served.stats
+    timed = {key: {"count": count, "ns": int(seconds * 1e9)} for key, (count, seconds) in stats.stages.items()}
+    none = {"count": 0, "ns": 0}
+    keys = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
+    return {
+        "name": name,
+        "version": served.version,
+        "last_inference": int(stats.last * 1000),
+        "inference_count": stats.pictures,
+        "execution_count": stats.executions,
+        "inference_stats": {key: timed.get(key, none) for key in keys},
+        "batch_stats": [],
+        "memory_usage": [{"type": "CPU", "id": 0, "byte_size": served.size_bytes}],
+    }
+
+
+def describe(served: Served, aliases: list[str]) -> dict[str, Any]:
     """A version's card, as the API and the playground show it."""
     card = served.session.card
     return {
         "tenant": served.tenant,
         "version": served.version,
-        "alias": served.alias,
+        "aliases": aliases,
         "sha256": served.sha256,
         "since": served.since,
         "classes": card.classes,
@@ -129,8 +223,10 @@ def describe(served: Served) -> dict[str, Any]:
         "resolution": card.resolution,
         "threshold": card.threshold,
         "metrics": card.metrics,
+        "hyperrule": card.hyperrule,
         "lineage": card.lineage,
         "golden_difference": served.golden_difference,
+        "size_bytes": served.size_bytes,
     }
 
 

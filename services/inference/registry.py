@@ -1,18 +1,19 @@
 """Where versions come from: MLflow's registry over REST, or a folder of exports. Two implementations of one seam."""
 
 import hashlib
-import tempfile
+import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx
 
+from services.inference.aliases import ALIASES, CHAMPION, Wanted
+from services.inference.cache import Cache
 from services.inference.errors import Refused
 
-ALIASES = ("champion", "challenger")
 UPSTREAM_MODEL = "bit-upstream"  # weights for training, nothing to serve
+PROMOTIONS = "promotions"  # experiment that holds the history of every tenant's champion
 EXPORT = "model.onnx"
 
 
@@ -20,43 +21,60 @@ class RegistryDown(Exception):
     """The registry does not answer; what is served stays."""
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A version that an alias points to."""
-
-    tenant: str
-    alias: str
-    version: str
-
-
 class Registry(Protocol):
-    """All methods may raise RegistryDown; `fetch` also Refused."""
+    """Every method but `remembered` may raise RegistryDown; `fetch`, `size_bytes` and `report` also Refused."""
 
     def poll(self) -> set[Wanted]:
         """What should be served."""
+
+    def remembered(self) -> set[Wanted]:
+        """What was served before, as far as its exports are still in the cache."""
+
+    def size_bytes(self, wanted: Wanted) -> int:
+        """Size of the export, before it is fetched."""
 
     def fetch(self, wanted: Wanted) -> tuple[bytes, str]:
         """The export of a version and its sha256, which has been checked."""
 
     def report(self, wanted: Wanted, state: str) -> None:
-        """Tells the person who promoted a version what became of it."""
+        """Notes what became of a version: for a later start without the registry, and for the person who promoted it."""
 
 
 class FolderRegistry:
-    """`<tenant>.onnx` files in a folder, each the champion of its tenant; the version is the start of the file's sha256."""
+    """`<tenant>.onnx` files in a folder, each the champion of its tenant (`<tenant>@challenger.onnx`: the challenger).
+
+    The version is the start of the file's sha256.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._hashes: dict[tuple[Path, int, int], str] = {}
+        self._hashes: dict[Path, tuple[tuple[int, int, int], str]] = {}
 
     def poll(self) -> set[Wanted]:
+        wanted = set()
         try:
-            return {Wanted(path.stem, "champion", self._sha256(path)[:12]) for path in self.folder.glob("*.onnx")}
+            for path in self.folder.glob("*.onnx"):
+                tenant, _, alias = path.stem.partition("@")
+                if not tenant.startswith(".") and alias in ("", *ALIASES):
+                    wanted.add(Wanted(tenant, alias or CHAMPION, self._sha256(path)[:12]))
         except OSError as error:
             raise RegistryDown(f"{self.folder} cannot be read: {error}") from error
+        return wanted
+
+    def remembered(self) -> set[Wanted]:
+        return set()  # the folder is all there is
+
+    def size_bytes(self, wanted: Wanted) -> int:
+        try:
+            return self._path(wanted).stat().st_size
+        except OSError as error:
+            raise RegistryDown(f"{wanted.tenant}.onnx cannot be read: {error}") from error
 
     def fetch(self, wanted: Wanted) -> tuple[bytes, str]:
-        data = (self.folder / f"{wanted.tenant}.onnx").read_bytes()
+        try:
+            data = self._path(wanted).read_bytes()
+        except OSError as error:
+            raise RegistryDown(f"{wanted.tenant}.onnx cannot be read: {error}") from error
         digest = hashlib.sha256(data).hexdigest()
         if not digest.startswith(wanted.version):
             raise RegistryDown(f"{wanted.tenant}.onnx is being replaced")  # looked at again with the next poll
@@ -65,22 +83,31 @@ class FolderRegistry:
     def report(self, wanted: Wanted, state: str) -> None:
         """A folder has no place for notes: the log and the API say it."""
 
+    def _path(self, wanted: Wanted) -> Path:
+        suffix = "" if wanted.alias == CHAMPION else f"@{wanted.alias}"
+        return self.folder / f"{wanted.tenant}{suffix}.onnx"
+
     def _sha256(self, path: Path) -> str:
-        """Read again only when size or time of change differ."""
+        """Read again only when inode, size or time of change differ."""
         stat = path.stat()
-        key = (path, stat.st_mtime_ns, stat.st_size)
-        if key not in self._hashes:
+        seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        known = self._hashes.get(path)
+        if known is None or known[0] != seen:
             with path.open("rb") as file:
-                self._hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
-        return self._hashes[key]
+                known = self._hashes[path] = (seen, hashlib.file_digest(file, "sha256").hexdigest())
+        return known[1]
 
 
 class MLflowRegistry:
-    """MLflow's registry. One request answers for all tenants; an alias that moved shows as another version."""
+    """MLflow's registry. One request answers for all tenants; an alias that moved shows as another version.
+
+    write_back: whether the account may write (tag `serving.state`, history of promotions); reading is enough without it.
+    """
 
     def __init__(self, uri: str, cache_dir: Path, write_back: bool) -> None:
-        self.cache_dir, self.write_back = cache_dir, write_back
-        self.http = httpx.Client(base_url=uri.rstrip("/"), timeout=httpx.Timeout(10, read=120))
+        self.write_back, self.cache = write_back, Cache(cache_dir)
+        self.http = httpx.Client(base_url=uri.rstrip("/"), timeout=httpx.Timeout(10, read=120), auth=_account())
+        self._tags: dict[tuple[str, str], dict[str, str]] = {}
 
     def poll(self) -> set[Wanted]:
         wanted, token = set(), ""
@@ -93,54 +120,131 @@ class MLflowRegistry:
                         wanted.add(Wanted(model["name"], alias["alias"], str(alias["version"])))
             token = page.get("next_page_token", "")
             if not token:
+                self._tags = {key: tags for key, tags in self._tags.items() if any(_is(w, key) for w in wanted)}
                 return wanted
 
+    def remembered(self) -> set[Wanted]:
+        return self.cache.remembered()
+
+    def size_bytes(self, wanted: Wanted) -> int:
+        try:
+            size = self._tags_of(wanted).get("size_bytes", "0")
+        except RegistryDown:
+            return self.cache.size_bytes(self._known_sha256(wanted))
+        return int(size) if size.isdigit() else 0
+
     def fetch(self, wanted: Wanted) -> tuple[bytes, str]:
-        query = {"name": wanted.tenant, "version": wanted.version}
-        found = self._get("/api/2.0/mlflow/model-versions/get", query).json()["model_version"]
-        tags = {tag["key"]: tag["value"] for tag in found.get("tags", [])}
+        """From the cache by its hash, else from MLflow; whatever doesn't hash to the tag `sha256` is not kept."""
+        try:
+            expected = self._expected_sha256(wanted)
+        except RegistryDown:
+            expected = self._known_sha256(wanted)
+        if (cached := self.cache.read(expected)) is not None:
+            return cached, expected
+        query = {"name": wanted.tenant, "version": wanted.version, "path": EXPORT}
+        data = self._get("/model-versions/get-artifact", query).content
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != expected:
+            raise Refused(f"the export hashes to {digest[:12]}…, the version's tag sha256 says {expected[:12]}…")
+        self.cache.write(expected, data)
+        return data, expected
+
+    def report(self, wanted: Wanted, state: str) -> None:
+        if not state.startswith("refused"):
+            self.cache.remember(wanted, self._expected_sha256(wanted))
+        if not self.write_back:
+            return
+        tag = {"name": wanted.tenant, "version": wanted.version, "key": "serving.state", "value": state}
+        self._send("POST", "/api/2.0/mlflow/model-versions/set-tag", json=tag)
+        if wanted.alias == CHAMPION and state.startswith("live"):
+            self._record(wanted)
+
+    def _record(self, wanted: Wanted) -> None:
+        """Writes a promotion that nobody wrote down (an alias moved by hand in the UI) into the history."""
+        found = self._get("/api/2.0/mlflow/experiments/get-by-name", {"experiment_name": PROMOTIONS}, missing=True)
+        if found is None:
+            made = self._send("POST", "/api/2.0/mlflow/experiments/create", json={"name": PROMOTIONS})
+            experiment = made.json()["experiment_id"]
+        else:
+            experiment = found.json()["experiment"]["experiment_id"]
+        query = {
+            "experiment_ids": [experiment],
+            "filter": f"tags.tenant = '{wanted.tenant}'",
+            "order_by": ["attributes.start_time DESC"],
+            "max_results": 1,
+        }
+        runs = self._send("POST", "/api/2.0/mlflow/runs/search", json=query).json().get("runs", [])
+        told = {param["key"]: param["value"] for run in runs for param in run["data"].get("params", [])}
+        if told.get("to") == wanted.version:
+            return
+        now_ms = int(time.time() * 1000)
+        tags = {"tenant": wanted.tenant, "stage": "promote", "how": "alias moved by hand", "mlflow.user": "unknown"}
+        made = self._send(
+            "POST",
+            "/api/2.0/mlflow/runs/create",
+            json={
+                "experiment_id": experiment,
+                "run_name": f"{wanted.tenant} {told.get('to', 'none')} → {wanted.version}",
+                "start_time": now_ms,
+                "tags": [{"key": key, "value": value} for key, value in tags.items()],
+            },
+        )
+        run_id = made.json()["run"]["info"]["run_id"]
+        params = {"from": told.get("to", "none"), "to": wanted.version, "why": "noticed by the service"}
+        batch = {"run_id": run_id, "params": [{"key": key, "value": value} for key, value in params.items()]}
+        self._send("POST", "/api/2.0/mlflow/runs/log-batch", json=batch)
+        ended = {"run_id": run_id, "status": "FINISHED", "end_time": now_ms}
+        self._send("POST", "/api/2.0/mlflow/runs/update", json=ended)
+
+    def _tags_of(self, wanted: Wanted) -> dict[str, str]:
+        key = (wanted.tenant, wanted.version)
+        if key not in self._tags:
+            query = {"name": wanted.tenant, "version": wanted.version}
+            found = self._get("/api/2.0/mlflow/model-versions/get", query).json()["model_version"]
+            self._tags[key] = {tag["key"]: tag["value"] for tag in found.get("tags", [])}
+        return self._tags[key]
+
+    def _expected_sha256(self, wanted: Wanted) -> str:
+        tags = self._tags_of(wanted)
         if tags.get("validation") != "passed":
             raise Refused("the version has no tag validation=passed: nobody checked its export")
         expected = tags.get("sha256", "")
         if len(expected) != 64 or set(expected) - set("0123456789abcdef"):
             raise Refused("the version has no tag sha256, so its export cannot be verified")
-        return self._export(query, expected), expected
+        return expected
 
-    def report(self, wanted: Wanted, state: str) -> None:
-        if self.write_back:
-            tag = {"name": wanted.tenant, "version": wanted.version, "key": "serving.state", "value": state}
-            self._send("POST", "/api/2.0/mlflow/model-versions/set-tag", json=tag)
+    def _known_sha256(self, wanted: Wanted) -> str:
+        known = self.cache.sha256_of(wanted)
+        if known is None:
+            raise RegistryDown("MLflow does not answer, and the version was never served here")
+        return known
 
-    def _export(self, query: dict[str, str], expected: str) -> bytes:
-        """From the cache by its hash, else from MLflow; whatever doesn't hash to `expected` is not kept."""
-        cached = self.cache_dir / f"{expected}.onnx"
-        if cached.is_file():
-            data = cached.read_bytes()
-            if hashlib.sha256(data).hexdigest() == expected:
-                return data
-        data = self._get("/model-versions/get-artifact", query | {"path": EXPORT}).content
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != expected:
-            raise Refused(f"the export hashes to {digest[:12]}…, the version's tag sha256 says {expected[:12]}…")
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.cache_dir, delete=False) as file:
-            file.write(data)
-        Path(file.name).rename(cached)
-        return data
+    def _get(self, path: str, query: dict[str, Any], missing: bool = False) -> Any:
+        return self._send("GET", path, missing=missing, params=query)
 
-    def _get(self, path: str, query: dict[str, object] | dict[str, str]) -> httpx.Response:
-        return self._send("GET", path, params=query)
-
-    def _send(self, method: str, path: str, **content: object) -> httpx.Response:
+    def _send(self, method: str, path: str, missing: bool = False, **content: Any) -> Any:
+        """missing: whether 404 is an answer (None) rather than a refusal."""
         try:
-            response = self.http.request(method, path, **content)  # type: ignore[arg-type]
+            response = self.http.request(method, path, **content)
         except httpx.HTTPError as error:
             raise RegistryDown(f"MLflow does not answer: {error}") from error
+        if response.status_code == 404 and missing:
+            return None
         if response.status_code in (400, 404):
             raise Refused(f"MLflow has no {path.rsplit('/', 1)[-1]} for it (status {response.status_code})")
         if response.is_error:
             raise RegistryDown(f"MLflow answered {response.status_code} to {path}")
         return response
+
+
+def _account() -> tuple[str, str] | None:
+    """MLflow's own variables for basic auth."""
+    user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    return (user, password) if user and password else None
+
+
+def _is(wanted: Wanted, key: tuple[str, str]) -> bool:
+    return (wanted.tenant, wanted.version) == key
 
 
 def timestamp() -> str:

@@ -1,7 +1,9 @@
-"""Requests → batches → answers: a bounded queue in front of one worker thread per core.
+"""Requests → batches → answers: bounded queues, one per tenant, in front of one worker thread per core.
 
-A worker takes what waits for one session, decodes it, runs it and answers; on a CPU nothing is gained by waiting for a fuller
-batch. The queue is bounded in time, not in items: what is waiting must be done within `max_queue_ms`.
+A worker takes the next requests of the tenant that has received the least work so far (start-time fair queueing; Goyal, Vin and
+Cheng, 1996), decodes, runs and answers them. Work is measured in seconds of this machine, learnt per version, so that a tenant of
+a large network or of large pictures pays what it costs. On a CPU nothing is gained by waiting for a fuller batch, and a batch
+that takes long makes everybody else wait: it ends at `max_batch_ms`.
 """
 
 import asyncio
@@ -9,11 +11,13 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services import preprocess
+from services.inference.engine import Session
 from services.inference.errors import BadRequest, DeadlineExceeded, ServiceError, Unavailable
 from services.inference.metrics import Metrics
 from services.inference.models import Served
@@ -30,23 +34,40 @@ class Work:
     outputs: tuple[str, ...]
     deadline: float
     answer: "asyncio.Future[list[NDArray[np.float32]]]"
+    weight: float = 1.0
     queued: float = field(default_factory=time.monotonic)
+    cost_s: float = 0.0
     timings: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.data)
 
 
+class Lane:
+    """One tenant's requests in order of arrival. received_s: work received so far, divided by the tenant's weight."""
+
+    __slots__ = ("queue", "received_s", "waiting_s")
+
+    def __init__(self, received_s: float) -> None:
+        self.queue: deque[Work] = deque()
+        self.waiting_s = 0.0
+        self.received_s = received_s
+
+
 class Scheduler:
     """Start it inside a running event loop; `submit` belongs to that loop, the workers are threads."""
 
-    def __init__(self, workers: int, max_batch: int, max_queue_ms: float, metrics: Metrics) -> None:
-        self.max_batch, self.max_queue_s, self.metrics = max_batch, max_queue_ms / 1000, metrics
-        self.workers = workers
-        self._queue: deque[Work] = deque()
+    def __init__(
+        self, workers: int, max_batch: int, max_batch_ms: float, max_queue_ms: float, max_pixels: int, metrics: Metrics
+    ) -> None:
+        self.max_batch, self.max_batch_s = max_batch, max_batch_ms / 1000
+        self.max_queue_s, self.max_pixels = max_queue_ms / 1000, max_pixels
+        self.metrics, self.workers = metrics, workers
+        self._lanes: dict[str, Lane] = {}  # tenants that have work waiting
+        self._received_s: dict[str, float] = {}  # of tenants that have none waiting
+        self._now_s = 0.0  # virtual time: what the tenant served last had received
+        self._picture_s: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
         self._ready = threading.Condition()
-        self._picture_s = FIRST_GUESS_S  # smoothed cost of one picture on one worker
-        self._waiting = 0
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(workers)]
@@ -56,23 +77,38 @@ class Scheduler:
     @property
     def queue_s(self) -> float:
         """How long the work that waits will take."""
-        return self._waiting * self._picture_s / self.workers
+        return sum(lane.waiting_s for lane in list(self._lanes.values())) / self.workers
+
+    def check(self, tenant: str) -> None:
+        """Whether another request of this tenant may wait; cheap enough to ask before its body is read.
+
+        Each of n waiting tenants has an nth of the queue, so that nobody can fill it for all. Raises Unavailable.
+        """
+        if self._closed:
+            raise Unavailable("the service is shutting down; ask another instance")
+        lane = self._lanes.get(tenant)
+        if lane is not None:
+            waiting_s, share_s = lane.waiting_s / self.workers, self.max_queue_s / len(self._lanes)
+            if waiting_s > share_s:
+                raise Unavailable(f"{waiting_s * 1000:.0f} ms of your work are waiting; try again", after_s=waiting_s)
 
     async def submit(self, work: Work) -> list[NDArray[np.float32]]:
         """The named outputs for the request's pictures, one row each. Raises a ServiceError."""
-        if self._closed:
-            raise Unavailable("the service is shutting down; ask another instance")
-        if self.queue_s > self.max_queue_s:
-            raise Unavailable(f"{self.queue_s * 1000:.0f} ms of work are waiting; try again")
+        tenant = work.served.tenant
+        self.check(tenant)
+        work.cost_s = len(work) * self._picture_s.get(work.served.session, FIRST_GUESS_S)
         with self._ready:
-            self._queue.append(work)
-            self._waiting += len(work)
+            lane = self._lanes.get(tenant)
+            if lane is None:  # who was idle has saved up nothing: it starts where the others are
+                lane = self._lanes[tenant] = Lane(max(self._now_s, self._received_s.get(tenant, 0.0)))
+            lane.queue.append(work)
+            lane.waiting_s += work.cost_s
             self._ready.notify()
         self.metrics.queue.set(self.queue_s)
         return await work.answer
 
     def close(self) -> None:
-        """Ends the workers once the queue is empty."""
+        """Ends the workers once the queues are empty."""
         with self._ready:
             self._closed = True
             self._ready.notify_all()
@@ -86,30 +122,41 @@ class Scheduler:
             ready = [work for work in alive if self._decode(work)]
             if ready:
                 self._infer(ready)
-            count = sum(map(len, alive))
-            if count:
-                self._picture_s += 0.1 * ((time.monotonic() - began) / count - self._picture_s)
+            if count := sum(map(len, alive)):
+                batch[0].served.stats.executions += 1
+                batch[0].served.stats.pictures += count
+                session, took = batch[0].served.session, (time.monotonic() - began) / count
+                known = self._picture_s.get(session, took)
+                self._picture_s[session] = known + 0.1 * (took - known)
+            del batch, alive, ready  # or an idle worker would keep a replaced version in memory
 
     def _take(self) -> list[Work]:
-        """The next request and those behind it for the same session and outputs; empty when the service ends.
+        """The next request of the tenant that received least, and those behind it for the same session and outputs.
 
-        A worker leaves the others their share: with little waiting, every core gets some of it.
+        A worker leaves the others their share: with little waiting, every core gets some of it. Empty when the service ends.
         """
         with self._ready:
-            while not self._queue:
+            while not self._lanes:
                 if self._closed:
                     return []
                 self._ready.wait()
-            first = self._queue.popleft()
-            batch, count = [first], len(first)
-            limit = min(self.max_batch, 1 + self._waiting // self.workers)
-            while self._queue and count + len(self._queue[0]) <= limit:
-                following = self._queue[0]
+            tenant, lane = min(self._lanes.items(), key=lambda item: item[1].received_s)
+            queue = lane.queue
+            first = queue.popleft()
+            batch, count, cost_s = [first], len(first), first.cost_s
+            limit = min(self.max_batch, 1 + len(queue) // self.workers)
+            while queue and count + len(queue[0]) <= limit and cost_s + queue[0].cost_s <= self.max_batch_s:
+                following = queue[0]
                 if following.served.session is not first.served.session or following.outputs != first.outputs:
                     break
-                batch.append(self._queue.popleft())
+                batch.append(queue.popleft())
                 count += len(following)
-            self._waiting -= count
+                cost_s += following.cost_s
+            self._now_s = lane.received_s
+            lane.received_s += cost_s / first.weight
+            lane.waiting_s -= cost_s
+            if not queue:
+                self._received_s[tenant] = self._lanes.pop(tenant).received_s
             return batch
 
     def _in_time(self, work: Work, now: float) -> bool:
@@ -123,11 +170,15 @@ class Scheduler:
         if isinstance(work.data, np.ndarray):
             return True
         began, size = time.monotonic(), work.served.session.card.resolution
+        decoded: list[preprocess.Pixels] = []
         try:
-            work.data = np.stack([preprocess.pixels(data, size) for data in work.data])
+            for data in work.data:
+                decoded.append(preprocess.pixels(data, size, self.max_pixels))
         except preprocess.PictureError as error:
-            self._fail(work, BadRequest(str(error)))
+            which = f"picture {len(decoded)}: " if len(work) > 1 else ""
+            self._fail(work, BadRequest(which + str(error)))
             return False
+        work.data = np.stack(decoded)
         work.timings["decode"] = time.monotonic() - began
         return True
 

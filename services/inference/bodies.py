@@ -1,0 +1,119 @@
+"""A request's body: read within limits of size and time, decompressed, taken apart. Nothing here knows of models."""
+
+import asyncio
+import zlib
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import File, create_form_parser
+
+from services.inference.errors import BadRequest, RequestTimeout, TooLarge, UnsupportedMedia
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+CLOSE = (b"connection", b"close")  # what the client still sends is not worth reading
+WINDOW = {b"gzip": 31, b"deflate": 15}  # zlib's wbits for each content coding
+
+
+def announced(headers: dict[bytes, bytes], limit: int) -> int:
+    """The body's length as the headers tell it, 0 where they don't. Raises TooLarge, UnsupportedMedia before it is read."""
+    coding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if coding not in (b"identity", *WINDOW):
+        raise UnsupportedMedia(
+            f"content coding {coding.decode('latin-1')!r} is not read; send gzip, deflate or none", CLOSE
+        )
+    length = headers.get(b"content-length", b"0")
+    size = int(length) if length.isdigit() else 0
+    if size > limit:
+        raise _too_large(limit)
+    return size
+
+
+async def read(receive: Receive, headers: dict[bytes, bytes], limit: int, timeout_s: float) -> bytes:
+    """The whole body, decompressed. Raises TooLarge, RequestTimeout, BadRequest."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            body = await _read(receive, limit)
+    except TimeoutError:
+        raise RequestTimeout(f"the body did not come within {timeout_s:g} s", CLOSE) from None
+    coding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if coding not in WINDOW or not body:
+        return body
+    return await asyncio.to_thread(decompress, body, WINDOW[coding], limit)
+
+
+async def _read(receive: Receive, limit: int) -> bytes:
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise BadRequest("the client went away before its request was complete")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        parts.append(part)
+        if not message.get("more_body"):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def decompress(body: bytes, wbits: int, limit: int) -> bytes:
+    """zlib or gzip data, never more than `limit` bytes of it: a bomb is refused before it is unpacked."""
+    try:
+        engine = zlib.decompressobj(wbits)
+        data = engine.decompress(body, limit + 1)
+    except zlib.error as error:
+        if wbits == WINDOW[b"deflate"]:
+            return decompress(body, -15, limit)  # "deflate" without zlib's frame, as some clients send it
+        raise BadRequest(f"the body cannot be decompressed: {error}") from None
+    if len(data) > limit:
+        raise _too_large(limit)
+    if not engine.eof:
+        raise BadRequest("the compressed body is cut off")
+    return data
+
+
+def compress(data: bytes, accepted: bytes) -> tuple[bytes, tuple[bytes, bytes]] | None:
+    """The data in the first content coding that the client accepts; None where it accepts none."""
+    for coding, wbits in WINDOW.items():
+        if coding in accepted:
+            engine = zlib.compressobj(1, zlib.DEFLATED, wbits)
+            return engine.compress(data) + engine.flush(), (b"content-encoding", coding)
+    return None
+
+
+def pictures(body: bytes, headers: dict[bytes, bytes], limit: int) -> tuple[list[bytes], list[str] | None]:
+    """The body's pictures, and the names of a multipart form's files; None for a plain body of one picture.
+
+    Raises BadRequest for an empty body, a broken form, or more pictures than `limit`.
+    """
+    media = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if media != b"multipart/form-data":
+        if not body:
+            raise BadRequest("the body is empty; send the bytes of one picture")
+        return [body], None
+    found: list[bytes] = []
+    names: list[str] = []
+
+    def take(file: File) -> None:
+        if len(found) == limit:
+            raise BadRequest(f"at most {limit} pictures are answered at once")
+        file.file_object.seek(0)
+        found.append(file.file_object.read())
+        names.append((file.file_name or b"").decode("utf-8", "replace"))
+        file.close()
+
+    parts = {"Content-Type": headers[b"content-type"]}
+    try:
+        parser = create_form_parser(parts, None, take, config={"MAX_MEMORY_FILE_SIZE": len(body) + 1})  # no disk
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise BadRequest(f"the form cannot be read: {error}") from None
+    if not found:
+        raise BadRequest("the form has no file; send each picture as a part with a filename")
+    return found, names
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the body is larger than {limit:,} bytes", CLOSE)

@@ -1,0 +1,87 @@
+"""Verified exports on local disk by sha256, and which version each alias had: enough to start while the registry is down."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from services.inference.aliases import Wanted
+
+log = logging.getLogger("bit.cache")
+KEPT_S = 86_400  # an export that no alias has any more may be wanted back within a day
+
+
+class Cache:
+    """All writes are atomic; a full disk costs the cache, never the service."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = folder / "served.json"  # "<tenant>/<alias>" → [version, sha256]
+        self._known: dict[str, list[str]] = {}
+        if self.index.is_file():
+            try:
+                self._known = json.loads(self.index.read_text())
+            except ValueError:
+                log.warning("%s is damaged; it will be written anew", self.index)
+
+    def remembered(self) -> set[Wanted]:
+        return {
+            Wanted(tenant, alias, version)
+            for (tenant, _, alias), (version, sha256) in ((k.rpartition("/"), v) for k, v in self._known.items())
+            if (self.folder / f"{sha256}.onnx").is_file()
+        }
+
+    def sha256_of(self, wanted: Wanted) -> str | None:
+        version, sha256 = self._known.get(f"{wanted.tenant}/{wanted.alias}", ("", ""))
+        return sha256 if version == wanted.version else None
+
+    def size_bytes(self, sha256: str) -> int:
+        path = self.folder / f"{sha256}.onnx"
+        return path.stat().st_size if path.is_file() else 0
+
+    def read(self, sha256: str) -> bytes | None:
+        """None where it isn't there, or no longer what it was."""
+        path = self.folder / f"{sha256}.onnx"
+        if not path.is_file():
+            return None
+        data = path.read_bytes()
+        return data if hashlib.sha256(data).hexdigest() == sha256 else None
+
+    def write(self, sha256: str, data: bytes) -> None:
+        """A full disk costs the cache, not the version."""
+        try:
+            self._write(self.folder / f"{sha256}.onnx", data)
+        except OSError as error:
+            log.warning("the export %s… cannot be kept in %s: %s", sha256[:12], self.folder, error)
+
+    def remember(self, wanted: Wanted, sha256: str) -> None:
+        """Notes what an alias has now; an export that no alias had lately is removed."""
+        key, value = f"{wanted.tenant}/{wanted.alias}", [wanted.version, sha256]
+        before = self._known.get(key)
+        if before == value:
+            return
+        self._known[key] = value
+        try:
+            self._write(self.index, json.dumps(self._known, indent=1, sort_keys=True).encode())
+            kept = {digest for _, digest in self._known.values()} | {before[1] if before else ""}
+            for path in self.folder.glob("*.onnx"):
+                if path.stem not in kept and time.time() - path.stat().st_mtime > KEPT_S:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self.index, error)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.NamedTemporaryFile(dir=self.folder, delete=False)  # noqa: SIM115 (renamed, or removed below)
+        try:
+            with file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(file.name).rename(path)
+        except OSError:
+            Path(file.name).unlink(missing_ok=True)
+            raise

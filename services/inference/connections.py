@@ -1,0 +1,99 @@
+"""uvicorn, hardened: connections that never ask are closed, and SIGTERM first stops being ready, then stops."""
+
+import asyncio
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from services.inference.settings import Settings
+
+OWN_FILES = 512  # descriptors kept for what isn't a connection
+
+
+def protocol(header_timeout_s: float) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol with a time limit for each request's headers, the first as well as the next on the connection.
+
+    uvicorn itself limits the pause between two requests, not the first header: half-open connections would stay for ever.
+    """
+
+    class Protocol(HttpToolsProtocol):
+        deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._expect_header()
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            if self.deadline is None:
+                self._expect_header()
+
+        def on_headers_complete(self) -> None:
+            self._header_came()
+            super().on_headers_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._header_came()
+            super().connection_lost(exc)
+
+        def _expect_header(self) -> None:
+            self.deadline = self.loop.call_later(header_timeout_s, self._give_up)
+
+        def _header_came(self) -> None:
+            if self.deadline is not None:
+                self.deadline.cancel()
+                self.deadline = None
+
+        def _give_up(self) -> None:
+            self.deadline = None
+            if not self.transport.is_closing():
+                self.transport.abort()
+
+    return Protocol
+
+
+class Server(uvicorn.Server):
+    """A server whose first SIGTERM (or Ctrl-C) drains: not ready, still answering, for `drain_s`; then it ends what runs."""
+
+    def __init__(self, config: uvicorn.Config, drain_s: float, draining: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.drain_s, self.draining = drain_s, draining
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.draining()
+        if self.drain_s and sig == signal.SIGTERM and not self._draining_already:
+            self._draining_already = True
+            asyncio.get_running_loop().call_later(self.drain_s, super().handle_exit, sig, frame)
+        else:
+            super().handle_exit(sig, frame)
+
+    _draining_already = False
+
+
+def run(app: object, settings: Settings, draining: Callable[[], None]) -> None:
+    """Serves until SIGTERM or Ctrl-C. Raises the limit of open files, so that idle connections cannot use it up."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    connections = hard - OWN_FILES if hard != resource.RLIM_INFINITY else None
+    sys.setswitchinterval(0.0005)  # the event loop gets the interpreter back sooner from the workers (measured)
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http=protocol(settings.header_timeout_s),
+        ws="none",
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=settings.grace_s,
+        server_header=False,
+        backlog=4096,
+        limit_concurrency=connections,
+        proxy_headers=False,
+    )
+    Server(config, settings.drain_s, draining).run()

@@ -1,0 +1,97 @@
+"""One inference request on its way through the service: what its path and headers ask for, and what became of it."""
+
+import contextlib
+import time
+import uuid
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs
+
+from services.inference.errors import BadRequest, Headers
+from services.inference.models import Served
+from services.inference.tenants import Quota
+
+Scope = MutableMapping[str, Any]
+Route = tuple[str, str, str | None]  # action, name, version
+
+
+def route_of(path: str) -> Route | None:
+    """None for every path that isn't an inference."""
+    match path.split("/")[1:]:
+        case ["v1", name, "classify" | "features" as action]:
+            return action, name, None
+        case ["v2", "models", name, "infer"]:
+            return "infer", name, None
+        case ["v2", "models", name, "versions", number, "infer"]:
+            return "infer", name, number
+    return None
+
+
+@dataclass
+class Exchange:
+    """action: "classify", "features" or "infer"; name: tenant[@alias]; wanted: the version in the path."""
+
+    action: str
+    name: str
+    wanted: str | None
+    scope: Scope
+    headers: dict[bytes, bytes]
+    began: float = field(default_factory=time.monotonic)
+    deadline: float = 0.0
+    served: Served | None = None
+    alias: str = ""
+    quota: Quota = field(default_factory=Quota)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = self.headers.get(b"x-request-id", b"").decode("latin-1")[:128]
+        self.request_id = given if given and given.isascii() and given.isprintable() else uuid.uuid4().hex
+
+    @property
+    def tenant(self) -> str:
+        return self.name.partition("@")[0]
+
+    @property
+    def version(self) -> Served:
+        """Who answers. Known once it was found."""
+        assert self.served is not None
+        return self.served
+
+    def query(self) -> dict[str, str]:
+        query = self.scope["query_string"]
+        return {key: values[-1] for key, values in parse_qs(query.decode("latin-1")).items()} if query else {}
+
+    def top(self) -> int | None:
+        """How many classes `?top=` asks for. Raises BadRequest."""
+        top = self.query().get("top")
+        if top is not None and (not top.isascii() or not top.isdigit() or int(top) < 1):
+            raise BadRequest(f"top={top!r} must be a whole number from 1")
+        return int(top) if top else None
+
+    def timeout_s(self, default_ms: float) -> float:
+        """Seconds that the request may take: header X-Timeout-Ms, at most the service's own limit. Raises BadRequest."""
+        given = self.headers.get(b"x-timeout-ms")
+        if given is None:
+            return default_ms / 1000
+        with contextlib.suppress(ValueError):
+            if 0 < float(given) < float("inf"):
+                return min(float(given), default_ms) / 1000
+        raise BadRequest("X-Timeout-Ms must be a positive number of milliseconds")
+
+    def trace_id(self) -> str | None:
+        """The trace that the request belongs to (W3C Trace Context, section 3.2)."""
+        parts = self.headers.get(b"traceparent", b"").decode("latin-1").split("-")
+        whole = len(parts) >= 4 and len(parts[1]) == 32 and not set(parts[1]) - set("0123456789abcdef")
+        return parts[1] if whole and set(parts[1]) != {"0"} else None
+
+    def origin(self) -> Headers:
+        """Headers that tell who answered, and where the time went."""
+        told = ", ".join(f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in self.timings.items())
+        return [
+            (b"x-model-name", self.version.tenant.encode()),
+            (b"x-model-version", self.version.version.encode()),
+            (b"x-model-alias", self.alias.encode()),
+            (b"x-model-sha256", self.version.sha256.encode()),
+            (b"server-timing", told.encode()),
+        ]

@@ -1,0 +1,37 @@
+"""Why this class: the exact class activation map of an answer.
+
+BiT's head is linear over an average of the feature map, so that a class's logit is the mean of `feature_map · head_weight` plus a
+constant: the map shows what every place added, not an approximation (Zhou et al., 2016, section 2).
+"""
+
+import base64
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from services import preprocess
+
+LONGEST_SIDE = 512  # of an overlay
+
+
+def activation_map(
+    feature_map: NDArray[np.float32], head_weight: NDArray[np.float32], index: int
+) -> NDArray[np.float32]:
+    """feature_map [D, h, w], head_weight [D, C] → [h, w], whose mean is the logit of class `index` less its bias."""
+    return np.tensordot(head_weight[:, index], feature_map, axes=1)
+
+
+def overlay(picture: bytes, heat: NDArray[np.float32], max_pixels: int) -> str:
+    """The picture with the map laid over it, as a PNG in a data: URL. What spoke against the class stays uncoloured."""
+    image = preprocess.decode(picture, max_pixels=max_pixels)
+    scale = min(1.0, LONGEST_SIDE / max(image.shape[:2]))
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+    spoke_for = np.clip(heat, 0, None)
+    share = cv2.resize(spoke_for / max(float(spoke_for.max()), 1e-12), size, interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    colours = cv2.applyColorMap((share * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+    opacity = 0.65 * share[..., None]
+    blended = (small * (1 - opacity) + colours * opacity).astype(np.uint8)
+    _, data = cv2.imencode(".png", blended[..., ::-1])
+    return "data:image/png;base64," + base64.b64encode(data.tobytes()).decode()

@@ -1,0 +1,180 @@
+"""Who may ask, and how much: keys and quotas per tenant, decided at a request's headers, before its body is read.
+
+A JSON file names the tenants (a Secret, in a cluster); it is read again when it changes:
+
+    {"acme": {"keys": ["<sha256 of a key>"], "requests_per_s": 50, "concurrent": 8, "bytes_per_s": 10000000, "weight": 2},
+     "*":    {"keys": ["<sha256 of the operator's key>"], "concurrent": 64}}
+
+"*" holds the operator's keys, which open every tenant, and the quotas of tenants that are not named. A key is 32 random bytes, so
+that its plain SHA-256 tells nothing about it. `bit-serve-key acme --file tenants.json` makes one and prints it once.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from services.inference.errors import Forbidden, TooManyRequests, Unauthorized
+
+ANYBODY = "*"
+Headers = dict[bytes, bytes]
+
+
+class Quota(BaseModel):
+    """What one tenant may ask for; None is no limit. weight: its share of the machine beside other tenants' weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keys: frozenset[str] = Field(frozenset(), description="SHA-256 of each key, as hex")
+    requests_per_s: float | None = Field(None, gt=0)
+    concurrent: int | None = Field(None, ge=1)
+    bytes_per_s: float | None = Field(None, gt=0)
+    weight: float = Field(1.0, gt=0)
+
+
+FILE = TypeAdapter(dict[str, Quota])
+
+
+@dataclass
+class Bucket:
+    """A token bucket that holds one second's worth (at least one request). Not for several threads."""
+
+    rate: float
+    clock: Callable[[], float]
+    level: float = 0.0
+    at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.level, self.at = max(1.0, self.rate), self.clock()
+
+    def wait_s(self, amount: float) -> float:
+        """Takes `amount` and returns 0, or takes nothing and returns the seconds until it would.
+
+        What is larger than the whole bucket is let through when it is full: then the debt delays those after it.
+        """
+        now = self.clock()
+        self.level = min(max(1.0, self.rate), self.level + (now - self.at) * self.rate)
+        self.at = now
+        needed = min(amount, max(1.0, self.rate))
+        if self.level < needed:
+            return (needed - self.level) / self.rate
+        self.level -= amount
+        return 0.0
+
+
+class Gate:
+    """One tenant's quota in use."""
+
+    def __init__(self, quota: Quota, clock: Callable[[], float]) -> None:
+        self.quota, self.running = quota, 0
+        self.requests = Bucket(quota.requests_per_s, clock) if quota.requests_per_s else None
+        self.bytes = Bucket(quota.bytes_per_s, clock) if quota.bytes_per_s else None
+
+
+@dataclass
+class Tenants:
+    """Keys and quotas in force. path: the file, None for a service that is open to everybody without limits."""
+
+    path: Path | None
+    clock: Callable[[], float] = time.monotonic
+    quotas: dict[str, Quota] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._gates: dict[str, Gate] = {}
+        self._seen: tuple[int, int] | None = None
+        self.owners: dict[str, str] = {}
+        if self.path is not None:
+            self.reload()
+
+    @classmethod
+    def open_to_all(cls) -> Self:
+        return cls(None)
+
+    def reload(self) -> bool:
+        """Reads the file again where it changed; True where it did. Raises ValueError, and then keeps what is in force."""
+        assert self.path is not None
+        stat = self.path.stat()
+        if (seen := (stat.st_mtime_ns, stat.st_ino)) == self._seen:
+            return False
+        try:
+            quotas = FILE.validate_json(self.path.read_bytes())
+        except ValidationError as error:
+            told = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'file'}: {p['msg']}" for p in error.errors())
+            raise ValueError(f"{self.path} is not a file of tenants: {told}") from None
+        self._seen, self.quotas = seen, quotas
+        self.owners = {digest: name for name, quota in quotas.items() for digest in quota.keys}
+        self._gates = {}  # running requests finish on the gates that let them in
+        return True
+
+    def owner(self, headers: Headers) -> str:
+        """Whose key the request carries (`Authorization: Bearer …` or `X-Api-Key`). Raises Unauthorized."""
+        if not self.owners:
+            return ANYBODY
+        key = headers.get(b"x-api-key", b"")
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        if not key and scheme.lower() == b"bearer":
+            key = bearer.strip()
+        if not key:
+            raise Unauthorized("a key is needed: send it as `Authorization: Bearer <key>` or `X-Api-Key: <key>`")
+        owner = self.owners.get(hashlib.sha256(key).hexdigest())
+        if owner is None:
+            raise Unauthorized("nobody has this key; ask the operator of the service for one")
+        return owner
+
+    def authorize(self, tenant: str, headers: Headers) -> None:
+        """Raises Unauthorized or Forbidden where the request's key does not open this tenant."""
+        if self.owner(headers) not in (tenant, ANYBODY):
+            raise Forbidden(f"this key is not one of {tenant!r}")
+
+    @contextmanager
+    def admit(self, tenant: str, size_bytes: int) -> Iterator[Quota]:
+        """Counts a request against its tenant's quota while it runs. Raises TooManyRequests with when to come again."""
+        gate = self._gates.get(tenant)
+        if gate is None:
+            quota = self.quotas.get(tenant) or self.quotas.get(ANYBODY) or Quota()
+            gate = self._gates[tenant] = Gate(quota, self.clock)
+        quota = gate.quota
+        if quota.concurrent is not None and gate.running >= quota.concurrent:
+            raise TooManyRequests(f"{quota.concurrent} requests of {tenant!r} are running, its limit")
+        for bucket, amount, unit in ((gate.requests, 1, "requests"), (gate.bytes, size_bytes, "bytes")):
+            if bucket is not None and (wait_s := bucket.wait_s(amount)):
+                raise TooManyRequests(f"{tenant!r} is over its {bucket.rate:g} {unit} per second", wait_s)
+        gate.running += 1
+        try:
+            yield quota
+        finally:
+            gate.running -= 1
+
+
+def main() -> None:
+    """bit-serve-key TENANT --file tenants.json: adds a new key's hash to the file and prints the key, once."""
+    parser = argparse.ArgumentParser(
+        "bit-serve-key", description="Make a key for a tenant; the file keeps its hash only."
+    )
+    parser.add_argument("tenant", help='name of the tenant; "*" for a key of the operator, which opens all')
+    parser.add_argument("--file", type=Path, required=True, help="file of tenants; made when it is not there")
+    parser.add_argument("--revoke", action="store_true", help="first remove the keys that the tenant has")
+    given = parser.parse_args()
+    known = json.loads(given.file.read_text()) if given.file.exists() else {}
+    key = secrets.token_urlsafe(32)
+    entry = known.setdefault(given.tenant, {})
+    entry["keys"] = [*([] if given.revoke else entry.get("keys", [])), hashlib.sha256(key.encode()).hexdigest()]
+    try:
+        FILE.validate_python(known)
+    except ValidationError as error:
+        sys.exit(f"bit-serve-key: {given.file} is not a file of tenants: {error}")
+    temporary = given.file.with_name(f".{given.file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(known, indent=2) + "\n")
+    temporary.chmod(0o600)
+    temporary.rename(given.file)
+    print(key)
