@@ -20,7 +20,9 @@ MLFLOW_START_S, SERVICE_START_S = 60, 30
 
 
 @contextmanager
-def process(name: str, command: list[str], log: Path, environment: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def process(
+    name: str, command: list[str], log: Path, environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A child process that gets SIGTERM at the end, and SIGKILL if it is still there 35 s later. Output goes to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:

@@ -73,7 +73,10 @@ def document(version: str) -> Schema:
     """The whole description, OpenAPI 3.1."""
     name = _parameter("name", "path", TEXT, "Tenant, or tenant@alias")
     number = _parameter("version", "path", TEXT, "A version that is in memory or has an alias")
-    deadline = _parameter("X-Timeout-Ms", "header", NUMBER, "Milliseconds after which the answer is of no use any more")
+    milliseconds = {"type": "number", "exclusiveMinimum": 0}
+    deadline = _parameter(
+        "X-Timeout-Ms", "header", milliseconds, "Milliseconds after which the answer is of no use any more"
+    )
     top = _parameter("top", "query", {"type": "integer", "minimum": 1}, "How many classes; default all")
     explain = _parameter("explain", "query", {"enum": ["0", "1", "overlay"]}, "Where in the picture the class was seen")
     pictures = {
