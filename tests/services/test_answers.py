@@ -1,0 +1,98 @@
+"""What classify and features answer beyond the plain picture: forms, embeddings, explanations, the access log."""
+
+import base64
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from services import preprocess
+from tests.services.exports import SIDE, gray_png
+from tests.services.running import Service
+
+
+def form(*values: int) -> list[tuple[str, tuple[str, bytes]]]:
+    return [("file", (f"{value}.png", gray_png(value))) for value in values]
+
+
+def test_a_form_of_several_pictures_is_answered_in_order(lamps: Service) -> None:
+    told = lamps.http.post("/v1/lamps/classify?top=1", files=form(10, 250, 10)).json()
+    assert [one["predictions"][0]["class"] for one in told["answers"]] == ["dark", "bright", "dark"]
+    assert [one["name"] for one in told["answers"]] == ["10.png", "250.png", "10.png"]
+    assert told["version"]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([*form(1, 2), ("file", ("x.png", b"no picture"))], "picture 2: not a picture"),
+        (form(*range(65)), "at most 64 pictures"),
+    ],
+)
+def test_a_form_that_cannot_be_answered_says_why(lamps: Service, files: list, said: str) -> None:
+    answer = lamps.http.post("/v1/lamps/classify", files=files)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]
+
+
+def test_a_broken_form_is_400(lamps: Service) -> None:
+    for body, media in ((b"--x\r\nbroken", "multipart/form-data; boundary=x"), (b"", "multipart/form-data")):
+        answer = lamps.http.post("/v1/lamps/classify", content=body, headers={"content-type": media})
+        assert answer.status_code == 400, answer.text
+        assert "form" in answer.json()["error"]
+
+
+def test_features_come_as_numbers_or_bytes(lamps: Service) -> None:
+    in_json = lamps.http.post("/v1/lamps/features", content=gray_png(255)).json()
+    assert in_json["features"] == pytest.approx([1, 1, 1])
+    binary = lamps.http.post("/v1/lamps/features", files=form(255, 0), headers={"accept": "application/octet-stream"})
+    shape = [int(side) for side in binary.headers["x-shape"].split(",")]
+    rows = np.frombuffer(binary.content, np.float32).reshape(shape)
+    np.testing.assert_allclose(rows, [[1, 1, 1], [-1, -1, -1]], atol=1e-6)
+
+
+def half_bright() -> bytes:
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    image[:, SIDE // 2 :] = 255
+    image[:, : SIDE // 2] = 120
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def test_the_explanation_is_the_logit_place_by_place(lamps: Service) -> None:
+    picture = half_bright()
+    told = lamps.http.post("/v1/lamps/classify?explain=1", content=picture).json()
+    assert told["explanation"]["class"] == "bright"
+    heat = np.array(told["explanation"]["map"])
+    # The test's export: the feature map is pixel / 127.5 − 1, its head adds all three channels for "bright".
+    expected = (preprocess.pixels(picture, SIDE).astype(float) / 127.5 - 1).sum(2)
+    np.testing.assert_allclose(heat, expected, atol=1e-3)
+    odds = told["predictions"][0]["probability"] / told["predictions"][1]["probability"]
+    assert 2 * heat.mean() == pytest.approx(np.log(odds), abs=1e-3)
+    assert "explanation" not in lamps.http.post("/v1/lamps/classify", content=picture).json()
+
+
+def test_the_overlay_is_the_picture_coloured_where_the_class_was_seen(lamps: Service) -> None:
+    told = lamps.http.post("/v1/lamps/classify?explain=overlay", files=[("file", ("a.png", half_bright()))]).json()
+    address = told["answers"][0]["explanation"]["overlay"]
+    kind, _, data = address.partition(",")
+    assert kind == "data:image/png;base64"
+    image = preprocess.decode(base64.b64decode(data))
+    assert image.shape == (SIDE, SIDE, 3)
+    left, right = image[:, : SIDE // 2 - 2], image[:, SIDE // 2 + 2 :]
+    assert np.ptp(left.astype(int).mean((0, 1))) < 3, "grey where nothing spoke for the class"
+    assert np.ptp(right.astype(int).mean((0, 1))) > 30, "coloured where it did"
+
+
+def test_each_request_is_one_line_of_the_access_log(lamps: Service) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    headers = {"x-request-id": "mine-1", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+    answer = lamps.http.post("/v1/lamps/classify", content=gray_png(10), headers=headers)
+    assert answer.headers["x-request-id"] == answer.json()["request_id"] == "mine-1"
+    lamps.http.post("/v1/nobody/classify", content=gray_png(10), headers={"x-request-id": "mine-2"})
+    lines = [json.loads(line) for line in lamps.log.read_text().splitlines() if line.startswith("{")]
+    by_id = {line["request_id"]: line for line in lines}
+    told = by_id["mine-1"]
+    assert (told["tenant"], told["status"], told["trace_id"]) == ("lamps", 200, trace)
+    assert {"queue_ms", "decode_ms", "infer_ms", "ms", "version", "path"} <= set(told)
+    assert by_id["mine-2"]["status"] == 404
