@@ -15,6 +15,8 @@ from services.inference.errors import Refused
 UPSTREAM_MODEL = "bit-upstream"  # weights for training, nothing to serve
 PROMOTIONS = "promotions"  # experiment that holds the history of every tenant's champion
 EXPORT = "model.onnx"
+API = "/api/2.0/mlflow"
+TOGETHER_MS = 60_000  # instances that write the same promotion within this have seen the same one
 
 
 class RegistryDown(Exception):
@@ -113,7 +115,7 @@ class MLflowRegistry:
         wanted, token = set(), ""
         while True:
             query = {"max_results": 1000, **({"page_token": token} if token else {})}
-            page = self._get("/api/2.0/mlflow/registered-models/search", query).json()
+            page = self._get(f"{API}/registered-models/search", query).json()
             for model in page.get("registered_models", []):
                 for alias in model.get("aliases", []):
                     if alias["alias"] in ALIASES and model["name"] != UPSTREAM_MODEL:
@@ -155,52 +157,72 @@ class MLflowRegistry:
         if not self.write_back:
             return
         tag = {"name": wanted.tenant, "version": wanted.version, "key": "serving.state", "value": state}
-        self._send("POST", "/api/2.0/mlflow/model-versions/set-tag", json=tag)
+        self._send("POST", f"{API}/model-versions/set-tag", json=tag)
         if wanted.alias == CHAMPION and state.startswith("live"):
             self._record(wanted)
 
     def _record(self, wanted: Wanted) -> None:
-        """Writes a promotion that nobody wrote down (an alias moved by hand in the UI) into the history."""
-        found = self._get("/api/2.0/mlflow/experiments/get-by-name", {"experiment_name": PROMOTIONS}, missing=True)
-        if found is None:
-            made = self._send("POST", "/api/2.0/mlflow/experiments/create", json={"name": PROMOTIONS})
-            experiment = made.json()["experiment_id"]
-        else:
-            experiment = found.json()["experiment"]["experiment_id"]
-        query = {
-            "experiment_ids": [experiment],
-            "filter": f"tags.tenant = '{wanted.tenant}'",
-            "order_by": ["attributes.start_time DESC"],
-            "max_results": 1,
-        }
-        runs = self._send("POST", "/api/2.0/mlflow/runs/search", json=query).json().get("runs", [])
-        told = {param["key"]: param["value"] for run in runs for param in run["data"].get("params", [])}
-        if told.get("to") == wanted.version:
+        """Writes a promotion that nobody wrote down (an alias moved by hand in the UI) into the history.
+
+        Of several instances that notice it at once, all but the first take theirs back.
+        """
+        experiment = self._promotions()
+        known = self._history(experiment, wanted.tenant)
+        before = known[0][2].get("to", "none") if known else "none"
+        if before == wanted.version:
             return
         now_ms = int(time.time() * 1000)
         tags = {"tenant": wanted.tenant, "stage": "promote", "how": "alias moved by hand", "mlflow.user": "unknown"}
-        made = self._send(
-            "POST",
-            "/api/2.0/mlflow/runs/create",
-            json={
-                "experiment_id": experiment,
-                "run_name": f"{wanted.tenant} {told.get('to', 'none')} → {wanted.version}",
-                "start_time": now_ms,
-                "tags": [{"key": key, "value": value} for key, value in tags.items()],
-            },
-        )
-        run_id = made.json()["run"]["info"]["run_id"]
-        params = {"from": told.get("to", "none"), "to": wanted.version, "why": "noticed by the service"}
+        run = {
+            "experiment_id": experiment,
+            "run_name": f"{wanted.tenant} {before} → {wanted.version}",
+            "start_time": now_ms,
+            "tags": [{"key": key, "value": value} for key, value in tags.items()],
+        }
+        run_id = self._send("POST", f"{API}/runs/create", json=run).json()["run"]["info"]["run_id"]
+        params = {"from": before, "to": wanted.version, "why": "noticed by the service"}
         batch = {"run_id": run_id, "params": [{"key": key, "value": value} for key, value in params.items()]}
-        self._send("POST", "/api/2.0/mlflow/runs/log-batch", json=batch)
+        self._send("POST", f"{API}/runs/log-batch", json=batch)
         ended = {"run_id": run_id, "status": "FINISHED", "end_time": now_ms}
-        self._send("POST", "/api/2.0/mlflow/runs/update", json=ended)
+        self._send("POST", f"{API}/runs/update", json=ended)
+        same = [(start, other) for start, other, told in self._history(experiment, wanted.tenant) if told == params]
+        if any(now_ms - start < TOGETHER_MS and (start, other) < (now_ms, run_id) for start, other in same):
+            self._send("POST", f"{API}/runs/delete", json={"run_id": run_id})
+
+    def _promotions(self) -> str:
+        """Id of the experiment that holds the history."""
+        found = self._get(f"{API}/experiments/get-by-name", {"experiment_name": PROMOTIONS}, missing=True)
+        if found is not None:
+            return found.json()["experiment"]["experiment_id"]
+        try:
+            return self._send("POST", f"{API}/experiments/create", json={"name": PROMOTIONS}).json()["experiment_id"]
+        except Refused:  # another instance was first
+            found = self._get(f"{API}/experiments/get-by-name", {"experiment_name": PROMOTIONS})
+            return found.json()["experiment"]["experiment_id"]
+
+    def _history(self, experiment: str, tenant: str) -> list[tuple[int, str, dict[str, str]]]:
+        """(start in ms, run id, params) of a tenant's latest promotions, newest first."""
+        query = {
+            "experiment_ids": [experiment],
+            "filter": f"tags.tenant = '{tenant}'",
+            "order_by": ["attributes.start_time DESC"],
+            "max_results": 20,
+        }
+        runs = self._send("POST", f"{API}/runs/search", json=query).json().get("runs", [])
+        return [
+            (
+                int(run["info"]["start_time"]),
+                run["info"]["run_id"],
+                {param["key"]: param["value"] for param in run["data"].get("params", [])},
+            )
+            for run in runs
+        ]
 
     def _tags_of(self, wanted: Wanted) -> dict[str, str]:
         key = (wanted.tenant, wanted.version)
         if key not in self._tags:
             query = {"name": wanted.tenant, "version": wanted.version}
-            found = self._get("/api/2.0/mlflow/model-versions/get", query).json()["model_version"]
+            found = self._get(f"{API}/model-versions/get", query).json()["model_version"]
             self._tags[key] = {tag["key"]: tag["value"] for tag in found.get("tags", [])}
         return self._tags[key]
 

@@ -1,0 +1,213 @@
+"""More models than memory, rollbacks, and a registry that is down: what stays served, and at what cost."""
+
+import hashlib
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from services.inference.aliases import Wanted
+from services.inference.cache import Cache
+from services.inference.engine import Session
+from services.inference.models import Cold, Models, Served
+from tests.services.exports import export, gray_png
+from tests.services.running import Folder, MLflow, Service, bit_serve, mlflow_server
+
+PADDING = 4 * 2**20  # bytes that make a small export large
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    return Session(export())
+
+
+def served(session: Session, tenant: str, version: str = "1", size_bytes: int = 100) -> Served:
+    return Served(tenant, version, "0" * 64, session, 0.0, size_bytes)
+
+
+def test_the_least_recently_used_gives_way_and_the_pinned_never(session: Session) -> None:
+    models = Models(budget_bytes=250, pinned=["a"])
+    for tenant in ("a", "b", "c"):
+        models.point(Wanted(tenant, "champion", "1"))
+    assert models.put(served(session, "a")) == []
+    assert models.put(served(session, "b")) == []
+    models.find("a")
+    assert [one.tenant for one in models.put(served(session, "c"))] == ["b"]
+    with pytest.raises(Cold):
+        models.find("b")
+    assert models.find("a")[0].tenant == "a"
+
+
+def test_a_replaced_version_gives_way_before_one_in_service(session: Session) -> None:
+    models = Models(budget_bytes=250)
+    models.put(served(session, "a", "1"))
+    models.point(Wanted("a", "champion", "1"))
+    models.put(served(session, "a", "2"))
+    models.point(Wanted("a", "champion", "2"))
+    models.find("a", "1")  # used last, but nobody's champion any more
+    models.point(Wanted("b", "champion", "1"))
+    assert [(one.tenant, one.version) for one in models.put(served(session, "b"))] == [("a", "1")]
+
+
+def test_only_the_newest_replaced_version_stays_warm(session: Session) -> None:
+    models = Models()
+    for version in ("1", "2", "3"):
+        models.put(served(session, "a", version))
+        models.point(Wanted("a", "champion", version))
+    assert [one.version for one in models.tidy()] == ["1"]
+    assert {one.version for one in models.all()} == {"2", "3"}
+
+
+def padded(number: int) -> bytes:
+    """An export of its own for each number, with a megabyte-sized tail in its metadata."""
+    return export(classes=[f"dark-{number}", "x" * PADDING])
+
+
+@pytest.mark.parametrize("cold", ["wait", "refuse"])
+def test_models_beyond_the_memory_are_loaded_when_they_are_asked_for(tmp_path: Path, cold: str) -> None:
+    store = Folder(tmp_path)
+    for number in range(6):
+        store.publish(f"t{number}", padded(number))
+    flags = ("--memory_mb", "14", "--cold", cold, "--pinned", '["t5"]')
+    with bit_serve(store, tmp_path, *flags) as service:
+        warm = {one["tenant"] for one in service.http.get("/v1/tenants").json()["served"] if one["in_memory"]}
+        assert "t5" in warm
+        assert len(warm) <= 3
+        asked = next(f"t{number}" for number in range(5) if f"t{number}" not in warm)
+        first = service.classify(asked, gray_png(10), "?top=1")
+        if cold == "refuse":
+            assert first.status_code == 503
+            assert int(first.headers["retry-after"]) >= 1
+            end = time.monotonic() + 10
+            while (first := service.classify(asked, gray_png(10), "?top=1")).status_code == 503:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        assert first.json()["predictions"][0]["class"] == f"dark-{asked[1:]}"
+        for number in range(6):  # every one can be had, whatever must give way
+            while (answer := service.classify(f"t{number}", gray_png(10), "?top=1")).status_code == 503:
+                time.sleep(0.05)
+            assert answer.json()["predictions"][0]["class"] == f"dark-{number}"
+        warm = {one["tenant"] for one in service.http.get("/v1/tenants").json()["served"] if one["in_memory"]}
+        assert "t5" in warm
+        assert len(warm) <= 3
+
+
+def test_many_that_ask_for_one_cold_model_load_it_once(tmp_path: Path) -> None:
+    store = Folder(tmp_path)
+    store.publish("one", padded(1))
+    with bit_serve(store, tmp_path) as service:
+        service.http.post("/v2/repository/models/one/unload")
+
+        def loads() -> float:
+            lines = service.http.get("/metrics").text.splitlines()
+            return float(next(line for line in lines if line.startswith("bit_load_seconds_count")).split()[1])
+
+        before = loads()
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda _: service.classify("one", gray_png(10)).status_code, range(16)))
+        assert answers == [200] * 16
+        assert loads() - before == 1
+
+
+def test_300_small_tenants_on_one_instance(tmp_path: Path) -> None:
+    store, data = Folder(tmp_path), export()
+    for number in range(300):
+        store.publish(f"tenant-{number:03}", data)
+    with bit_serve(store, tmp_path) as service:
+        assert len(service.http.get("/v1/tenants").json()["served"]) == 300
+        with ThreadPoolExecutor(8) as pool:
+            answers = pool.map(lambda n: service.classify(f"tenant-{n:03}", gray_png(10)).json()["tenant"], range(300))
+            assert list(answers) == [f"tenant-{number:03}" for number in range(300)]
+
+
+def test_a_rollback_is_instant_while_the_old_version_is_warm(tmp_path: Path) -> None:
+    store = Folder(tmp_path)
+    with bit_serve(store, tmp_path) as service:
+        first = store.publish("lamps", export())
+        service.wait_until("lamps", first)
+        service.wait_until("lamps", store.publish("lamps", export(sign=-1)))
+        loaded = service.log.read_text().count("left memory")
+        before = loads(service)
+        service.wait_until("lamps", store.publish("lamps", export()))
+        assert loads(service) == before, "taken from memory, not loaded again"
+        assert service.log.read_text().count("left memory") == loaded
+
+
+def loads(service: Service) -> float:
+    lines = service.http.get("/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith("bit_load_seconds_count")).split()[1])
+
+
+def test_while_mlflow_is_down_the_verified_cache_serves(tmp_path: Path) -> None:
+    with mlflow_server(tmp_path) as uri:
+        store = MLflow(uri, tmp_path)
+        version = store.publish("lamps", export())
+        with bit_serve(store, tmp_path) as service:
+            service.wait_until("lamps", version)
+    # MLflow has ended. A new instance starts from what the last one knew.
+    with bit_serve(store, tmp_path) as service:
+        answer = service.classify("lamps", gray_png(10)).json()
+        assert (answer["version"], answer["predictions"][0]["class"]) == (version, "dark")
+        assert "bit_registry_up 0.0" in service.http.get("/metrics").text
+    # A cache that somebody changed is not served.
+    [cached] = (tmp_path / "cache").glob("*.onnx")
+    cached.write_bytes(export(sign=-1))
+    with bit_serve(store, tmp_path, ready=False) as service:
+        time.sleep(1)
+        assert service.http.get("/v2/health/ready").status_code == 503
+        assert service.classify("lamps", gray_png(10)).status_code == 404
+
+
+def test_an_alias_moved_by_hand_is_written_to_the_history_once(tmp_path: Path) -> None:
+    with mlflow_server(tmp_path) as uri:
+        store = MLflow(uri, tmp_path)
+        first = store.publish("lamps", export())
+        with bit_serve(store, tmp_path) as service, bit_serve(store, tmp_path) as other:
+            service.wait_until("lamps", first)
+            second = store.publish("lamps", export(sign=-1))
+            service.wait_until("lamps", second)
+            other.wait_until("lamps", second)
+            time.sleep(0.5)
+        experiment = store.client.get_experiment_by_name("promotions")
+        assert experiment is not None
+        runs = store.client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+        moves = [(run.data.params["from"], run.data.params["to"]) for run in runs]
+        assert moves == [("none", first), (first, second)], "once, whichever instance saw it first"
+        assert all(run.data.tags["tenant"] == "lamps" for run in runs)
+
+
+def test_without_write_back_nothing_is_written(tmp_path: Path) -> None:
+    with mlflow_server(tmp_path) as uri:
+        store = MLflow(uri, tmp_path)
+        version = store.publish("lamps", export())
+        with bit_serve(store, tmp_path, "--write_back", "false") as service:
+            service.wait_until("lamps", version)
+        assert "serving.state" not in store.client.get_model_version("lamps", version).tags
+        assert store.client.get_experiment_by_name("promotions") is None
+
+
+def test_a_full_disk_costs_the_cache_and_nothing_else(tmp_path: Path) -> None:
+    cache = Cache(Path("/dev/full/cache"))  # no folder can be made there, as none can on a full disk
+    cache.write(hashlib.sha256(b"x").hexdigest(), b"x")
+    cache.remember(Wanted("a", "champion", "1"), "0" * 64)
+    assert cache.read("0" * 64) is None
+
+
+def test_the_cache_is_whole_whenever_the_process_dies(tmp_path: Path) -> None:
+    cache, stop = Cache(tmp_path), threading.Event()
+
+    def write() -> None:
+        for number in range(200):
+            cache.remember(Wanted("a", "champion", str(number)), f"{number:064}")
+        stop.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not stop.is_set():
+        if cache.index.exists():
+            json.loads(cache.index.read_text())
+    writer.join()
+    assert Cache(tmp_path).sha256_of(Wanted("a", "champion", "199")) == f"{199:064}"
