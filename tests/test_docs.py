@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from training.cli import app
+from training.cli import build
 from training.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +18,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def commands() -> set[str]:
     """All paths of subcommands: "pack", "demo data", …"""
-    root = typer.main.get_command(app)
+    root = typer.main.get_command(build())
     found = set()
     for name, command in root.commands.items():  # type: ignore[attr-defined]
         found.add(name)

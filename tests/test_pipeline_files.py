@@ -6,7 +6,7 @@ import grimp
 import pytest
 import yaml
 
-from training.config import tenants
+from training.params import tenants
 
 ROOT = Path(__file__).parents[1]
 GRAPH = grimp.build_graph("training", "services")

@@ -21,9 +21,12 @@ MLFLOW_START_S, SERVICE_START_S = 60, 30
 
 @contextmanager
 def process(
-    name: str, command: list[str], log: Path, environment: dict[str, str] | None = None
+    name: str, command: list[str], log: Path, environment: dict[str, str] | None = None, may_end: bool = False
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A child process that gets SIGTERM at the end, and SIGKILL if it is still there 35 s later. Output goes to `log`."""
+    """A child process that gets SIGTERM at the end, and SIGKILL if it is still there 35 s later. Output goes to `log`.
+
+    Raises ConfigError where it ended before, unless it may.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         child = subprocess.Popen(
@@ -35,7 +38,7 @@ def process(
         )
     try:
         yield child
-        if child.poll() is not None:
+        if child.poll() is not None and not may_end:
             raise ConfigError(f"{name} ended by itself (status {child.returncode}); its output is in {log}")
     finally:
         if child.poll() is None:

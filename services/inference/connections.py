@@ -1,6 +1,7 @@
 """uvicorn, hardened: connections that never ask are closed, and SIGTERM first stops being ready, then stops."""
 
 import asyncio
+import math
 import resource
 import signal
 import sys
@@ -62,17 +63,16 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, drain_s: float, draining: Callable[[], None]) -> None:
         super().__init__(config)
-        self.drain_s, self.draining = drain_s, draining
+        self.drain_s, self.draining, self.drains = drain_s, draining, False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        first, self.drains = not self.drains, True
         self.draining()
-        if self.drain_s and sig == signal.SIGTERM and not self._draining_already:
-            self._draining_already = True
-            asyncio.get_running_loop().call_later(self.drain_s, super().handle_exit, sig, frame)
+        if first and self.drain_s and sig == signal.SIGTERM:
+            loop = asyncio.get_running_loop()  # a signal handler interrupts the loop: it may only leave it a message
+            loop.call_soon_threadsafe(loop.call_later, self.drain_s, super().handle_exit, sig, frame)
         else:
             super().handle_exit(sig, frame)
-
-    _draining_already = False
 
 
 def run(app: object, settings: Settings, draining: Callable[[], None]) -> None:
@@ -93,6 +93,7 @@ def run(app: object, settings: Settings, draining: Callable[[], None]) -> None:
         timeout_graceful_shutdown=settings.grace_s,
         server_header=False,
         backlog=4096,
+        timeout_keep_alive=math.ceil(settings.keep_alive_s),
         limit_concurrency=connections,
         proxy_headers=False,
     )

@@ -23,7 +23,7 @@ from services.inference.models import Cold, Models, Served
 from services.inference.registry import Registry, RegistryDown, timestamp
 
 log = logging.getLogger("bit.follower")
-NICENESS = 10  # loading gives way to answering
+NICENESS = 15  # loading gives way to answering
 
 
 @dataclass

@@ -32,7 +32,7 @@ class Settings(BaseSettings):
 
     workers: int = Field(os.cpu_count() or 1, ge=1, description="threads that decode and infer, one core each")
     max_batch: int = Field(8, ge=1, description="pictures that a thread takes at once")
-    max_batch_ms: float = Field(20, gt=0, description="work that a thread takes at once; more makes other tenants wait")
+    max_batch_ms: float = Field(5, gt=0, description="work that a thread takes at once; more makes other tenants wait")
     max_queue_ms: float = Field(2_000, gt=0, description="work that may wait; above it requests get 503")
     timeout_ms: float = Field(30_000, gt=0, description="deadline of a request that names none")
 
@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture that is decoded")
     header_timeout_s: float = Field(10, gt=0, description="a connection that sends no complete header is closed")
     body_timeout_s: float = Field(20, gt=0, description="a body that takes longer gets 408")
+    keep_alive_s: float = Field(
+        75, gt=0, description="idle connections are kept this long; longer than a balancer does"
+    )
     drain_s: float = Field(0, ge=0, description="on SIGTERM, seconds of answering on while not ready any more")
     grace_s: int = Field(30, ge=1, description="after that, seconds for the requests that still run")
     access_log: bool = Field(True, description="one JSON line on standard output per inference request")

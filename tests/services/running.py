@@ -92,12 +92,14 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def bit_serve(store: Store, folder: Path, *flags: str, ready: bool = True) -> Iterator[Service]:
-    """A running service; ready: wait until it is."""
+def bit_serve(
+    store: Store, folder: Path, *flags: str, ready: bool = True, stopped_by_test: bool = False
+) -> Iterator[Service]:
+    """A running service. ready: wait until it is; stopped_by_test: that the process ends before the test is no failure."""
     port = free_port()
     command = [sys.executable, "-m", "services.inference.app", "--port", str(port), "--poll_interval_s", "0.3"]
     log = folder / f"serve-{port}.log"
-    with process("bit-serve", [*command, *store.flags, *flags], log) as running:
+    with process("bit-serve", [*command, *store.flags, *flags], log, may_end=stopped_by_test) as running:
         page = "ready" if ready else "live"
         wait_for(f"http://127.0.0.1:{port}/v2/health/{page}", 30, log)
         service = Service(f"http://127.0.0.1:{port}", store, running, log)

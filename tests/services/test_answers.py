@@ -2,6 +2,7 @@
 
 import base64
 import json
+import time
 
 import cv2
 import numpy as np
@@ -90,8 +91,12 @@ def test_each_request_is_one_line_of_the_access_log(lamps: Service) -> None:
     answer = lamps.http.post("/v1/lamps/classify", content=gray_png(10), headers=headers)
     assert answer.headers["x-request-id"] == answer.json()["request_id"] == "mine-1"
     lamps.http.post("/v1/nobody/classify", content=gray_png(10), headers={"x-request-id": "mine-2"})
-    lines = [json.loads(line) for line in lamps.log.read_text().splitlines() if line.startswith("{")]
-    by_id = {line["request_id"]: line for line in lines}
+    by_id = {}
+    end = time.monotonic() + 10  # a thread of its own writes the log
+    while not {"mine-1", "mine-2"} <= set(by_id) and time.monotonic() < end:
+        time.sleep(0.02)
+        whole = lamps.log.read_text().rpartition("\n")[0].splitlines()
+        by_id = {told["request_id"]: told for told in (json.loads(line) for line in whole if line.startswith("{"))}
     told = by_id["mine-1"]
     assert (told["tenant"], told["status"], told["trace_id"]) == ("lamps", 200, trace)
     assert {"queue_ms", "decode_ms", "infer_ms", "ms", "version", "path"} <= set(told)

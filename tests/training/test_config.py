@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from training.config import Config, ConfigError, load
+from training.config import Config, ConfigError
+from training.params import load
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from training import finetune, receipt
-from training.config import Config, load, tenants
+from training.config import Config
 from training.data.shards import Dataset
 from training.engine import distributed
 from training.engine.fit import View, fit
 from training.models import npz, zoo
+from training.params import load, tenants
 
 
 def main(config: Config, count: int) -> None:

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from training import fleet, promote, receipt, serve
-from training.config import Config, tenants
+from training.config import Config
 from training.demo import data
+from training.params import tenants
 
 
 def main(config: Config) -> None:

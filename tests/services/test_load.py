@@ -1,0 +1,249 @@
+"""Under load: fairness, overload, swaps, a rolling restart, and clients that misbehave. One busy network, real processes."""
+
+import asyncio
+import resource
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks import load
+from tests.services.exports import export, gray_png
+from tests.services.running import Folder, Service, bit_serve
+
+BUSY_MFLOP = 2_500  # per picture: more than 10 ms, so that the load's own generator hardly counts
+ASK = load.request("/v1/lamps/classify", gray_png(10))
+
+
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("busy")
+    store = Folder(folder)
+    for tenant in ("lamps", "hog", "other"):
+        store.publish(tenant, export(mflop=BUSY_MFLOP))
+    with bit_serve(store, folder, "--max_queue_ms", "1000") as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def capacity(busy: Service) -> float:
+    """Good answers per second with sixteen connections that never pause."""
+    return asyncio.run(load.closed(busy.url, ASK, 16, 3)).rate
+
+
+def test_a_tenant_that_sends_ten_times_its_share_does_not_slow_the_others(busy: Service, capacity: float) -> None:
+    async def crowd(hogs_share: float) -> load.Result:
+        share = 0.9 * capacity / 3
+        asks = {tenant: load.request(f"/v1/{tenant}/classify", gray_png(10)) for tenant in ("lamps", "other", "hog")}
+        lamps, other, _ = await asyncio.gather(
+            *(
+                load.arriving(
+                    busy.url,
+                    asks[tenant],
+                    share * (hogs_share if tenant == "hog" else 1),
+                    5,
+                    deadline_s=1,
+                    seed=seed,
+                )
+                for seed, tenant in enumerate(asks)
+            )
+        )
+        assert set(lamps.statuses) == set(other.statuses) == {200}
+        lamps.seconds += other.seconds
+        return lamps
+
+    rounds = [(asyncio.run(crowd(1)), asyncio.run(crowd(10))) for _ in range(3)]
+    ratios = sorted(unfair.percentile_ms(99) / fair.percentile_ms(99) for fair, unfair in rounds)
+    medians = [f"{fair.percentile_ms(50):.1f} → {unfair.percentile_ms(50):.1f} ms" for fair, unfair in rounds]
+    print(f"p50 {medians}, p99 ratios {ratios}")
+    assert ratios[1] <= 1.5
+
+
+@pytest.mark.parametrize(("retries", "least"), [({"back_off": True, "tries": 99}, 0.85), ({"tries": 6}, 0.7)])
+def test_twice_the_load_leaves_the_goodput(busy: Service, capacity: float, retries: dict, least: float) -> None:
+    """Customers that wait as Retry-After says, and a storm of customers that try six times within 50 ms."""
+    result = asyncio.run(load.arriving(busy.url, ASK, 2 * capacity, 8, deadline_s=4, **retries))
+    print(f"goodput {result.rate / capacity:.2f} of capacity, {result.statuses}")
+    assert set(result.statuses) <= {200, 503}
+    assert result.rate >= least * capacity
+
+
+def test_no_request_fails_or_waits_while_versions_are_swapped(tmp_path: Path) -> None:
+    """Swaps under load: no error, and memory stays what it was. `make bench-swaps` does a thousand."""
+    store = Folder(tmp_path)
+    versions = [export(mflop=5), export(mflop=5, sign=-1)]
+    store.publish("lamps", versions[0])
+    with bit_serve(store, tmp_path, "--poll_interval_s", "0.02") as service:
+        stop = threading.Event()
+
+        def ask() -> list[int]:
+            statuses = []
+            with httpx.Client(base_url=service.url) as client:
+                while not stop.is_set():
+                    statuses.append(client.post("/v1/lamps/classify", content=gray_png(10)).status_code)
+            return statuses
+
+        with ThreadPoolExecutor(2) as pool:
+            asking = [pool.submit(ask) for _ in range(2)]
+            for number in range(40):
+                store.publish("lamps", export(mflop=5, sign=(-1) ** number, threshold=number / 100))
+                time.sleep(0.1)
+            stop.set()
+            statuses = [status for one in asking for status in one.result()]
+        swaps = service.http.get("/metrics").text
+        assert len(statuses) > 100
+        assert set(statuses) == {200}
+        done = next(line for line in swaps.splitlines() if line.startswith('bit_swaps_total{tenant="lamps"}'))
+        assert float(done.split()[1]) >= 20
+
+
+class Balancer:
+    """A load balancer that follows readiness: each connection goes to an instance that said it was ready just now."""
+
+    def __init__(self) -> None:
+        self.ready: dict[int, bool] = {}
+        self.turn = 0
+
+    async def watch(self, port: int) -> None:
+        async with httpx.AsyncClient() as client:
+            while True:
+                try:
+                    answer = await client.get(f"http://127.0.0.1:{port}/v2/health/ready", timeout=1)
+                    self.ready[port] = answer.status_code == 200
+                except httpx.HTTPError:
+                    self.ready[port] = False
+                await asyncio.sleep(0.1)
+
+    def pick(self) -> int:
+        ready = [port for port, is_ready in sorted(self.ready.items()) if is_ready]
+        self.turn += 1
+        return ready[self.turn % len(ready)]
+
+
+def test_a_rolling_restart_loses_no_request(tmp_path: Path) -> None:
+    """Two instances behind a balancer; each gets SIGTERM under load, in turn."""
+    store = Folder(tmp_path)
+    store.publish("lamps", export(mflop=50))
+
+    async def roll(services: list[Service]) -> tuple[list[object], list[int]]:
+        balancer, answers, stop = Balancer(), [], asyncio.Event()
+        ports = [int(service.url.rsplit(":", 1)[1]) for service in services]
+        watches = [asyncio.create_task(balancer.watch(port)) for port in ports]
+        await asyncio.sleep(0.5)
+
+        async def customer() -> None:
+            while not stop.is_set():
+                try:
+                    connection = await load.connect(f"http://127.0.0.1:{balancer.pick()}")
+                    answers.append((await connection.ask(ASK))[0])
+                    connection.transport.close()
+                except OSError as error:
+                    answers.append(repr(error))
+
+        customers = [asyncio.create_task(customer()) for _ in range(8)]
+        await asyncio.sleep(0.5)
+        services[0].process.send_signal(signal.SIGTERM)
+        first = await asyncio.to_thread(services[0].process.wait, 10)
+        replacement = await asyncio.to_thread(stack.enter_context, bit_serve(store, tmp_path, *flags))
+        watches.append(asyncio.create_task(balancer.watch(int(replacement.url.rsplit(":", 1)[1]))))
+        await asyncio.sleep(0.5)
+        services[1].process.send_signal(signal.SIGTERM)
+        second = await asyncio.to_thread(services[1].process.wait, 10)
+        await asyncio.sleep(0.3)
+        stop.set()
+        await asyncio.gather(*customers)
+        for watch in watches:
+            watch.cancel()
+        return answers, [first, second]
+
+    flags = ("--drain_s", "1", "--grace_s", "5")
+    with ExitStack() as stack:
+        services = [stack.enter_context(bit_serve(store, tmp_path, *flags, stopped_by_test=True)) for _ in range(2)]
+        answers, ends = asyncio.run(roll(services))
+    assert len(answers) > 100
+    assert set(answers) == {200}
+    assert set(ends) <= {0, -signal.SIGTERM, 128 + signal.SIGTERM}
+
+
+def test_after_sigterm_running_requests_end_and_the_process_leaves_within_its_grace(tmp_path: Path) -> None:
+    store = Folder(tmp_path)
+    store.publish("lamps", export(mflop=4000))
+    with bit_serve(store, tmp_path, "--grace_s", "10", stopped_by_test=True) as service, ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(service.classify, "lamps", gray_png(10)) for _ in range(4)]
+        time.sleep(0.05)
+        service.process.send_signal(signal.SIGTERM)
+        assert [one.result().status_code for one in asking] == [200] * 4
+        service.process.wait(10)
+        with pytest.raises(httpx.ConnectError):
+            service.classify("lamps", gray_png(10))
+
+
+def test_misbehaving_clients_do_not_touch_the_others(tmp_path: Path) -> None:
+    """Connections that say nothing, half a header, a body that never ends or never comes, and garbage."""
+    store = Folder(tmp_path)
+    store.publish("lamps", export())
+    limits = ("--header_timeout_s", "1", "--body_timeout_s", "1", "--max_body_bytes", "1000000")
+    with bit_serve(store, tmp_path, *limits) as service:
+        address = service.url.removeprefix("http://").split(":")[0], int(service.url.rsplit(":", 1)[1])
+
+        def opened(data: bytes = b"") -> socket.socket:
+            connection = socket.create_connection(address, timeout=5)
+            connection.sendall(data)
+            return connection
+
+        silent = [opened() for _ in range(50)]
+        half = [opened(b"POST /v1/lamps/classify HTTP/1.1\r\nhost:") for _ in range(50)]
+        no_body = opened(b"POST /v1/lamps/classify HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nabc")
+        endless = opened(b"POST /v1/lamps/classify HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        garbage = opened(b"\x16\x03\x01\x02\x00 not HTTP at all\r\n\r\n")
+        for _ in range(20):
+            endless.sendall(b"10000\r\n" + b"x" * 65_536 + b"\r\n")
+        assert endless.recv(100).split()[1] == b"413"
+        assert garbage.recv(100).split()[1] == b"400"
+        assert service.classify("lamps", gray_png(10)).status_code == 200
+        assert no_body.recv(100).split()[1] == b"408"
+        for connection in (*silent, *half):
+            assert connection.recv(10) == b"", "closed by the service"
+            connection.close()
+        for connection in (no_body, endless, garbage):
+            connection.close()
+
+
+def test_ten_thousand_idle_connections_do_not_slow_a_request(tmp_path: Path) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    assert hard > 11_000, f"this machine allows {hard} open files; the test needs 11,000"
+    store = Folder(tmp_path)
+    store.publish("lamps", export())
+    with bit_serve(store, tmp_path, "--header_timeout_s", "60") as service:
+        address = "127.0.0.1", int(service.url.rsplit(":", 1)[1])
+        before_kb, quick = resident_kb(service.process), median_ms(service)
+        idle = [socket.create_connection(address, timeout=10) for _ in range(10_000)]
+        slow, grown_kb = median_ms(service), resident_kb(service.process) - before_kb
+        for connection in idle:
+            connection.close()
+        print(f"median {quick:.2f} → {slow:.2f} ms, memory + {grown_kb / 1024:.0f} MB")
+        assert slow <= 2 * quick + 2
+        assert grown_kb < 200 * 1024
+        assert service.classify("lamps", gray_png(10)).status_code == 200
+
+
+def median_ms(service: Service) -> float:
+    took = []
+    for _ in range(100):
+        began = time.perf_counter()
+        assert service.classify("lamps", gray_png(10)).status_code == 200
+        took.append(time.perf_counter() - began)
+    return sorted(took)[50] * 1000
+
+
+def resident_kb(process: "subprocess.Popen[bytes]") -> int:
+    return int(Path(f"/proc/{process.pid}/status").read_text().split("VmRSS:")[1].split()[0])

@@ -1,0 +1,12 @@
+"""Options and arguments that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of params.yaml; repeatable."),
+]
+Tenant = Annotated[str, typer.Argument(metavar="TENANT", help="Name of a folder below tenants/.")]
+MaybeTenant = Annotated[str | None, typer.Argument(metavar="[TENANT]", help="A tenant; left out: upstream.")]

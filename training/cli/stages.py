@@ -1,0 +1,55 @@
+"""The stages of the pipeline as commands, in the order of the data's way."""
+
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from training.cli.options import MaybeTenant, Set, Tenant
+from training.config import Config
+from training.params import load
+
+
+def stage(name: str, config: Config, *arguments: Any) -> None:
+    """Runs one stage. Its module is imported only now, so that `bit --help` answers at once."""
+    import_module(f"training.{name}").main(config, *arguments)
+
+
+def pack(
+    tenant: MaybeTenant = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse the whole when one picture cannot be read.")] = False,
+    overrides: Set = None,
+) -> None:
+    """Pictures → shards: the upstream pictures, or those of one tenant."""
+    stated = [*(overrides or ()), *(["pack.strict=true"] if strict else [])]
+    stage("pack", load(tenant=tenant, overrides=stated), tenant)
+
+
+def pretrain(overrides: Set = None) -> None:
+    """Shards → the upstream network, registered as bit-upstream. Adopts published weights where upstream.weights is set."""
+    stage("pretrain", load(overrides=overrides or ()))
+
+
+def finetune(tenant: Tenant, overrides: Set = None) -> None:
+    """Upstream network + a tenant's shards → the tenant's network, by the HyperRule."""
+    stage("finetune", load(tenant=tenant, overrides=overrides or ()), tenant)
+
+
+def evaluate(tenant: Tenant, overrides: Set = None) -> None:
+    """A tenant's network on its test pictures → metrics, confusion matrix, the worst mistakes."""
+    stage("evaluate", load(tenant=tenant, overrides=overrides or ()), tenant)
+
+
+def export(tenant: Tenant, overrides: Set = None) -> None:
+    """A tenant's network → the .onnx file that is served, checked against torch."""
+    stage("export", load(tenant=tenant, overrides=overrides or ()), tenant)
+
+
+def register(tenant: Tenant, overrides: Set = None) -> None:
+    """The export → a version of the tenant's registered model in MLflow, alias challenger."""
+    stage("register", load(tenant=tenant, overrides=overrides or ()), tenant)
+
+
+def fleet(overrides: Set = None) -> None:
+    """Every tenant's registered version in one table and one plot."""
+    stage("fleet", load(overrides=overrides or ()))
