@@ -6,7 +6,7 @@ MLFLOW_PORT ?= 5000
 TORCH ?= torch==2.13.0
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo serve test lint bench clean
+.PHONY: setup demo serve test test-load lint bench clean
 
 setup: .venv/.stamp
 
@@ -35,6 +35,10 @@ lint: .venv/.stamp-dev
 
 test: lint
 	pytest
+
+# The service under load: needs both cores for itself.
+test-load: .venv/.stamp-dev
+	pytest -m heavy tests/services
 
 bench: setup
 	python -m benchmarks.training_step

@@ -19,6 +19,7 @@ from benchmarks import load
 from tests.services.exports import export, gray_png
 from tests.services.running import Folder, Service, bit_serve
 
+pytestmark = pytest.mark.heavy
 BUSY_MFLOP = 2_500  # per picture: more than 10 ms, so that the load's own generator hardly counts
 ASK = load.request("/v1/lamps/classify", gray_png(10))
 
