@@ -1,0 +1,120 @@
+"""The project's images, built without a Docker engine: buildah on a base made by debootstrap, wheels collected beforehand.
+
+    python -m tests.images.build inference image.tar        (as root; about two minutes when nothing is there yet)
+
+Base and images are kept in ${XDG_CACHE_HOME:-~/.cache}/bit-images; a target is built again when what it copies changed.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bit-images"
+BASE = "localhost/bit-base:12"
+TOOLS = ("buildah", "debootstrap", "runc")
+COPIED = ("Dockerfile", ".dockerignore", "constraints.txt", "docker", "pyproject.toml", "services", "training")
+TORCH = "torch==2.13.0"
+
+
+def lacking() -> list[str]:
+    """What this machine lacks to build and run images."""
+    return [tool for tool in TOOLS if shutil.which(tool) is None] + ([] if os.geteuid() == 0 else ["root"])
+
+
+def buildah(*arguments: str) -> str:
+    """Runs buildah on the storage of this module; its standard output."""
+    command = ["buildah", "--root", str(CACHE / "storage"), "--runroot", str(CACHE / "run"), "--storage-driver", "vfs"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"buildah {arguments[0]} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}"
+        )
+    return done.stdout.strip()
+
+
+def exists(image: str) -> bool:
+    return bool(buildah("images", "--quiet", "--filter", f"reference={image}"))
+
+
+def base() -> str:
+    """Debian 12 with python3 and venv, as an image."""
+    if not exists(BASE):
+        root = CACHE / "debian"
+        shutil.rmtree(root, ignore_errors=True)
+        packages = "--include=python3,python3-venv,ca-certificates"
+        subprocess.run(
+            ["debootstrap", "--variant=minbase", packages, "bookworm", str(root)], check=True, stdout=sys.stderr
+        )
+        for rubbish in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale"):
+            shutil.rmtree(root / rubbish)
+        container = buildah("from", "scratch")
+        buildah("add", "--quiet", container, str(root), "/")
+        buildah("commit", "--quiet", "--rm", container, BASE)
+        shutil.rmtree(root)
+    return BASE
+
+
+def wheels() -> Path:
+    """Every wheel that the images need, as this machine's pip gets them; torch is the build that pip takes here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [TORCH, "setuptools>=77", "wheel", *project["dependencies"], *extras["services"], *extras["training"]]
+    constraints = ROOT / "constraints.txt"
+    folder = CACHE / f"wheels-{digest_of([constraints], *wanted)}"
+    if not folder.is_dir():
+        temporary = folder.with_suffix(".partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--wheel-dir",
+            str(temporary),
+            "-c",
+            str(constraints),
+        ]
+        subprocess.run([*command, *wanted], check=True, stdout=sys.stderr)
+        temporary.rename(folder)
+    return folder
+
+
+def build(target: str) -> str:
+    """Builds a target of the Dockerfile; the image's name."""
+    image = f"localhost/bit-{target}:{digest_of([ROOT / name for name in COPIED])}"
+    if not exists(image):
+        arguments = [
+            "bud", "--quiet", "--isolation", "chroot", "--format", "docker", "--target", target, "--tag", image,
+            "--build-arg", f"BASE={base()}", "--build-arg", "PIP_NO_INDEX=1", "--build-arg", "REVISION=test",
+            "--build-context", f"wheels={wheels()}", str(ROOT),
+        ]  # fmt: skip
+        buildah(*arguments)
+    return image
+
+
+def save(image: str, archive: Path) -> Path:
+    """The image as a docker archive, for a cluster's node or `docker load`."""
+    buildah("push", "--quiet", image, f"docker-archive:{archive}:{image}")
+    return archive
+
+
+def digest_of(paths: Iterable[Path], *texts: str) -> str:
+    """Hash of files, folders (their Python and other sources) and strings."""
+    digest = hashlib.sha256("\0".join(texts).encode())
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and "__pycache__" not in file.parts:
+                digest.update(f"{file.relative_to(ROOT)}\0".encode())
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    print(save(build(sys.argv[1]), Path(sys.argv[2])))
