@@ -24,7 +24,7 @@ from services.inference.metrics import Metrics
 from services.inference.models import Served
 
 NICENESS = 5  # a worker gives way to the event loop, which has little to do but must do it at once
-HALF_LIFE_S = 1.0
+HALF_LIFE_S = 2.0  # shorter averages are so noisy that a tenant within its share at times waits behind one beyond it
 FIRST_GUESS_S = 0.02  # cost of a picture before any was measured
 
 
