@@ -33,6 +33,10 @@ class Metrics:
         self.in_flight = Gauge(
             "bit_in_flight_requests", "Requests accepted and not yet answered", registry=self.registry
         )
+        self.busy = Counter(
+            "bit_busy_seconds_total", "Time that workers spent decoding and inferring", registry=self.registry
+        )
+        self.workers = Gauge("bit_workers", "Threads that decode and infer", registry=self.registry)
         self.loaded = Gauge(
             "bit_model_bytes", "Memory of each loaded version", ("tenant", "version"), registry=self.registry
         )

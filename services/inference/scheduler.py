@@ -82,6 +82,10 @@ class Scheduler:
         self._lanes: dict[str, Lane] = {}  # tenants that have work waiting
         self._usage = Usage()
         self._picture_s: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
+        metrics.queue.set_function(
+            lambda: self.queue_s
+        )  # asked at each scrape: set at arrivals, it would never fall to 0
+        metrics.workers.set(workers)
         self._ready = threading.Condition()
         self._closed = False
         self._loop = asyncio.get_running_loop()
@@ -119,7 +123,6 @@ class Scheduler:
             lane.queue.append(work)
             lane.waiting_s += work.cost_s
             self._ready.notify()
-        self.metrics.queue.set(self.queue_s)
         return await work.answer
 
     def close(self) -> None:
@@ -141,7 +144,9 @@ class Scheduler:
             if count := sum(map(len, alive)):
                 batch[0].served.stats.executions += 1
                 batch[0].served.stats.pictures += count
-                session, took = batch[0].served.session, (time.monotonic() - began) / count
+                busy_s = time.monotonic() - began
+                self.metrics.busy.inc(busy_s)
+                session, took = batch[0].served.session, busy_s / count
                 known = self._picture_s.get(session, took)
                 self._picture_s[session] = known + 0.1 * (took - known)
             del batch, alive, ready  # or an idle worker would keep a replaced version in memory
