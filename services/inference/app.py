@@ -64,7 +64,8 @@ class App:
             if settings.models
             else MLflowRegistry(settings.tracking_uri, settings.cache_dir, settings.write_back)
         )
-        self.follower = Follower(registry, self.models, self.metrics, settings.poll_interval_s, settings.max_batch)
+        given = (settings.poll_interval_s, settings.max_batch, frozenset(settings.only))
+        self.follower = Follower(registry, self.models, self.metrics, *given)
         self.draining = asyncio.Event()
         self.pages = pages(self.models, self.follower, self.metrics, self.tenants, settings, self.draining)
         self.access: AccessLog | None = None

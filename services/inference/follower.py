@@ -28,13 +28,17 @@ NICENESS = 15  # loading gives way to answering
 
 @dataclass
 class Follower:
-    """A thread that keeps `models` what the registry wants. refused: version → why it isn't served."""
+    """A thread that keeps `models` what the registry wants. refused: version → why it isn't served.
+
+    only: tenants to serve, all if empty.
+    """
 
     registry: Registry
     models: Models
     metrics: Metrics
     interval_s: float
     max_batch: int
+    only: frozenset[str] = frozenset()
     refused: dict[Wanted, str] = field(default_factory=dict)
     polled: bool = False  # the registry answered once and everything it wanted then was dealt with
 
@@ -70,7 +74,7 @@ class Follower:
 
     def look(self) -> None:
         """One look at the registry. Raises RegistryDown."""
-        wanted = self.registry.poll()
+        wanted = self._ours(self.registry.poll())
         pointed = set(self.models.aliases())
         for gone in {(w.tenant, w.alias) for w in pointed} - {(w.tenant, w.alias) for w in wanted}:
             self.models.unpoint(*gone)
@@ -81,6 +85,9 @@ class Follower:
         for item in sorted(wanted - pointed - set(self.refused), key=self._first):
             self._swap(item)
         self._forget(self.models.tidy())
+
+    def _ours(self, known: set[Wanted]) -> set[Wanted]:
+        return {item for item in known if item.tenant in self.only} if self.only else known
 
     def _first(self, item: Wanted) -> tuple[bool, bool, str]:
         return item.tenant not in self.models.pinned, item.alias != CHAMPION, item.tenant
@@ -168,7 +175,7 @@ class Follower:
 
     def _remember(self) -> bool:
         """Serves what was served before, from the cache, while the registry is down at the start."""
-        remembered = self.registry.remembered()
+        remembered = self._ours(self.registry.remembered())
         for item in sorted(remembered - set(self.models.aliases()), key=self._first):
             try:
                 self._swap(item)

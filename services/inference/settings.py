@@ -19,6 +19,7 @@ class Settings(BaseSettings):
     port: int = Field(8080, ge=0, le=65_535, description="port to listen on; 0 takes a free one")
     tracking_uri: str = Field("http://127.0.0.1:5000", description="MLflow server whose registry is followed")
     models: Path | None = Field(None, description="folder of exports to serve instead of a registry")
+    only: list[str] = Field([], description="tenants to serve; all if empty")
     tenants: Path | None = Field(None, description="JSON file of keys and quotas; without it everybody may ask")
 
     cache_dir: Path = Field(Path(".serve/cache"), description="where downloaded exports are kept, by sha256")

@@ -184,3 +184,12 @@ def test_a_wrong_file_is_refused_at_the_start_with_the_key_that_is_wrong(tmp_pat
     )
     assert done.returncode == 1
     assert "acme.weight" in done.stderr
+
+
+def test_a_service_for_one_tenant_follows_no_other(tmp_path: Path) -> None:
+    store = Folder(tmp_path)
+    for tenant in ("acme", "lamps"):
+        store.publish(tenant, export())
+    with bit_serve(store, tmp_path, "--only", '["acme"]') as service:
+        assert service.classify("acme", gray_png(10)).status_code == 200
+        assert service.classify("lamps", gray_png(10)).status_code == 404
