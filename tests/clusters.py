@@ -1,0 +1,74 @@
+"""Real Kubernetes control planes for the tests: API server, controllers, training operator, simulated nodes and a real one.
+
+The kit lies beside the project (../shared/k8s) or where BIT_K8S_KIT says. Without it the tests that need a cluster are
+skipped; what the kit can do stands in its README.
+"""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KIT = Path(os.environ.get("BIT_K8S_KIT", ROOT.parent / "shared" / "k8s"))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running control plane. state: its folder, with logs; kubeconfig: an administrator's; bin: the kit's programs."""
+
+    state: Path
+    kubeconfig: Path
+    bin: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's environment with KUBECONFIG and the kit's kubectl and helm first on PATH."""
+        return os.environ | {"KUBECONFIG": str(self.kubeconfig), "PATH": f"{self.bin}:{os.environ['PATH']}"}
+
+    def kubectl(self, *arguments: str, stdin: str | None = None, status: int | None = 0) -> str:
+        """Runs kubectl; returns all that it said. status: the exit status that is demanded, None for any."""
+        command = [str(self.bin / "kubectl"), *arguments]
+        done = subprocess.run(
+            command, env=self.environment, input=stdin, capture_output=True, text=True, timeout=180, check=False
+        )
+        assert status is None or done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def get(self, *arguments: str) -> Any:
+        """`kubectl get … -o json`, parsed."""
+        return json.loads(self.kubectl("get", *arguments, "-o", "json"))
+
+    def load(self, archive: Path) -> None:
+        """An image archive into the real node."""
+        subprocess.run([KIT / "cluster", "load", "--state", self.state, archive], check=True, timeout=300)
+
+
+@contextmanager
+def running(state: Path, parts: str = "kwok,training-operator") -> Iterator[Cluster]:
+    """A cluster with `parts` (--with of the kit) while the context lasts. Skips the test where the kit is not there."""
+    if not (KIT / "cluster").is_file():
+        pytest.skip(f"no cluster kit at {KIT}; set BIT_K8S_KIT")
+    unpacked = subprocess.run([KIT / "cluster", "unpack"], check=True, stdout=subprocess.PIPE, text=True, timeout=300)
+    command = [KIT / "cluster", "up", "--state", state, "--with", parts]
+    try:
+        up = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300)
+        yield Cluster(state, Path(up.stdout.strip()), Path(unpacked.stdout.strip()))
+    finally:
+        subprocess.run([KIT / "cluster", "down", "--state", state], check=True, timeout=120)
+
+
+def wait_for(what: Callable[[], Any], limit_s: float = 120, every_s: float = 0.2) -> Any:
+    """Polls until `what()` is true; returns its value. Fails with its last value after `limit_s`."""
+    until = time.monotonic() + limit_s
+    while not (value := what()):
+        assert time.monotonic() < until, f"not reached in {limit_s} s; last: {value!r}"
+        time.sleep(every_s)
+    return value
