@@ -115,10 +115,28 @@ class ExportConfig(Section):
     )
 
 
+class ClusterConfig(Section):
+    """Where and how `runner: kubernetes` and `bit submit` run pretrain and finetune. How, not what: no result depends on it."""
+
+    context: str | None = Field(None, description="context of the kubeconfig; default: the current one")
+    namespace: str = "bit"
+    image: str | None = Field(None, description="training image, by digest")
+    store: str | None = Field(None, description="URL below which jobs leave their results, as s3://bucket/store")
+    remote: str | None = Field(None, description="URL of the DVC remote that pods read packed pictures from")
+    tracking_uri: str | None = Field(None, description="MLflow as pods reach it; default: the project's tracking_uri")
+    queue: str | None = Field("training", description="Kueue's LocalQueue; null where there is no Kueue")
+    pool: Literal["gpu", "gpu-spot", "tpu", "cpu"] = Field("gpu", description="kind of nodes")
+    node_selector: dict[str, str] = Field({}, description="labels that the nodes must have beside the pool's own")
+    workers: Positive = Field(1, description="pods")
+    devices: Positive = Field(1, description="GPUs, TPU chips or, on the pool cpu, processes per pod")
+    cpu: str = Field("8", description="processors per pod")
+    memory: str = Field("32Gi", description="memory per pod")
+
+
 class Config(Section):
     """The whole of params.yaml."""
 
-    runner: Literal["local"] = "local"
+    runner: Literal["local", "kubernetes"] = Field("local", description="where pretrain and finetune run")
     tracking_uri: str = "sqlite:///.mlflow/mlflow.db"
     upstream: UpstreamConfig = UpstreamConfig()
     pretrain: PretrainConfig = PretrainConfig()
@@ -126,3 +144,4 @@ class Config(Section):
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
+    cluster: ClusterConfig = ClusterConfig()

@@ -40,7 +40,9 @@ def main(config: Config, tenant: str) -> None:
         metrics: dict[str, float] = {}
         answers: dict[str, NDArray[np.float32]] = {}
         for start, artifact in tuned.outputs.items():
-            model = npz.load(zoo.create(str(tuned.details["arch"]), data.num_classes), artifact.uri).to(world.device)
+            model = npz.load(zoo.create(str(tuned.details["arch"]), data.num_classes), receipt.local(artifact)).to(
+                world.device
+            )
             batch_size = config.evaluate.batch_size
             answers[start] = inference.predict(model, split, crop, batch_size, data.multi_label)
             prefix = "" if start == "transfer" else f"{start}_"

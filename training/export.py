@@ -39,7 +39,7 @@ def main(config: Config, tenant: str) -> None:
     data = Dataset.open(packed.outputs["dataset"].uri)
     arch, rule = str(tuned.details["arch"]), dict(tuned.details["hyperrule"])
     weights = tuned.outputs["transfer"]
-    model = npz.load(zoo.create(arch, data.num_classes), weights.uri).eval()
+    model = npz.load(zoo.create(arch, data.num_classes), receipt.local(weights)).eval()
     split, resolution = data.split(str(judged.details["split"])), int(rule["crop"])
     out = receipt.folder(STAGE, tenant)
     out.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ def main(config: Config, tenant: str) -> None:
             torch.manual_seed(config.finetune.seed)
             model = zoo.create(arch, data.num_classes)
             if start == TRANSFER:
-                npz.load(model, weights.uri, head=False)
+                npz.load(model, receipt.local(weights), head=False)
             began = time.perf_counter()
             histories[start] = fit(
                 model,

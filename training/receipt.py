@@ -3,14 +3,17 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from pydantic import BaseModel, ConfigDict
 
 from training.config import ConfigError, Section
 
 FILE = "receipt.json"
+FETCHED = Path(".fetched")  # artifacts that lay elsewhere, by hash
 
 
 class Artifact(BaseModel):
@@ -67,8 +70,29 @@ def artifact(path: Path) -> Artifact:
 
 
 def local(made: Artifact) -> Path:
-    """The file of an artifact, on this machine's disk."""
-    return Path(made.uri)
+    """The file of an artifact, on this machine's disk: fetched and checked first where it lies elsewhere.
+
+    Raises ConfigError when it isn't there any more, or isn't what the receipt says.
+    """
+    if "://" not in made.uri:
+        return Path(made.uri)
+    path = FETCHED / made.sha256 / made.uri.rpartition("/")[2]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with fsspec.open(made.uri, "rb") as remote, temporary.open("wb") as file:
+                shutil.copyfileobj(remote, file, 2**20)
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f"{made.uri} cannot be fetched: {error}. Run the stage that made it again.") from error
+        digest = artifact(temporary).sha256
+        if digest != made.sha256:
+            temporary.unlink()
+            raise ConfigError(
+                f"{made.uri} hashes to {digest}, its receipt says {made.sha256}: it was damaged or replaced."
+            )
+        temporary.rename(path)
+    return path
 
 
 def hash_of(*values: Section | str | None) -> str:

@@ -71,7 +71,7 @@ def start(
         return
     client = connect(uri)
     experiment = ensure_experiment(client, uri, tenant or UPSTREAM_MODEL)
-    all_tags = {"stage": stage, "tenant": tenant or "", "git.commit": git_commit(), **tags}
+    all_tags = {"stage": stage, "tenant": tenant or "", "git.commit": git_commit(), **cluster_tags(), **tags}
     run = client.create_run(experiment, run_name=f"{stage}-{tenant}" if tenant else stage, tags=all_tags)
     values = [Param(name, str(value)) for name, value in flatten(params).items()]
     client.log_batch(run.info.run_id, params=values)
@@ -147,6 +147,12 @@ def git_commit() -> str:
     command = ["git", "rev-parse", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def cluster_tags() -> dict[str, str]:
+    """Which job, pod, node and image a run comes from; the pod's manifest sets these. Empty anywhere else."""
+    names = {"BIT_JOB": "k8s.job", "BIT_POD": "k8s.pod", "BIT_NODE": "k8s.node", "BIT_IMAGE": "k8s.image"}
+    return {tag: os.environ[name] for name, tag in names.items() if name in os.environ}
 
 
 def dvc_md5(path: Path) -> str:

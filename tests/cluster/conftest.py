@@ -1,4 +1,4 @@
-"""One control plane for all tests of this folder, with Kueue's types; a test makes its own namespace."""
+"""One control plane for all tests of a session that want it, with the namespace `bit` as `kubectl apply -k k8s/` makes it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +8,18 @@ import pytest
 from tests import clusters
 from tests.clusters import Cluster
 
+K8S = Path(__file__).parents[2] / "k8s"
+VOLUME = """
+apiVersion: v1
+kind: PersistentVolume
+metadata: {name: checkpoints}
+spec:
+  accessModes: [ReadWriteMany]
+  capacity: {storage: 1Ti}
+  hostPath: {path: /nowhere}
+  claimRef: {namespace: bit, name: bit-checkpoints}
+"""
+
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -16,5 +28,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def kubeconfig(cluster: Cluster) -> Path:
-    return cluster.kubeconfig
+def prepared(cluster: Cluster) -> Cluster:
+    """The namespace and all that `kubectl apply -k k8s/` brings, and a volume for the checkpoints."""
+    cluster.kubectl("apply", "--server-side", "-k", str(K8S))
+    cluster.kubectl("apply", "--server-side", "-f", "-", stdin=VOLUME)
+    cluster.kubectl("wait", "-n", "bit", "pvc/bit-checkpoints", "--for=jsonpath={.status.phase}=Bound", "--timeout=60s")
+    return cluster

@@ -1,7 +1,146 @@
-"""The manifests on a real API server: accepted, admitted, scheduled."""
+"""The files in k8s/ on a real API server and the operator's webhook, under Pod Security `restricted`, on simulated pools."""
 
-from tests.clusters import Cluster
+from collections.abc import Callable
+
+import pytest
+import yaml
+
+from tests.cluster.conftest import K8S
+from tests.clusters import Cluster, wait_for
+from training.cluster.manifests import ManifestError, Object, Order, check, read, render
+from training.config import ClusterConfig
+
+ROOT = K8S.parent
+JOBS = ("pretrain", "pretrain-tpu", "finetune")
+POOL_OF = {"pretrain": "gpu", "pretrain-tpu": "tpu", "finetune": "gpu"}
 
 
-def test_the_simulated_nodes_are_ready(cluster: Cluster) -> None:
-    assert {node["metadata"]["name"] for node in cluster.get("nodes")["items"]} >= {"gpu-0", "gpu-spot-0", "tpu-0"}
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_is_admitted_and_lands_on_its_pool(prepared: Cluster, job: str) -> None:
+    said = prepared.kubectl("apply", "--server-side", "-n", "bit", "-f", str(K8S / f"{job}.yaml"))
+    assert "violate PodSecurity" not in said
+    [name] = [made["metadata"]["name"] for made in read(K8S / f"{job}.yaml") if made["kind"] == "PyTorchJob"]
+
+    def pods() -> list[Object]:
+        selector = f"training.kubeflow.org/job-name={name}"
+        return prepared.get("pods", "-n", "bit", "-l", selector)["items"]
+
+    wait_for(lambda: bool(pods()) and all(pod["spec"].get("nodeName") for pod in pods()))
+    assert {pod["spec"]["nodeName"].rpartition("-")[0] for pod in pods()} == {POOL_OF[job]}
+    prepared.kubectl("delete", "-n", "bit", "pytorchjob", name)
+    selector = f"training.kubeflow.org/job-name={name}"
+    prepared.kubectl("delete", "-n", "bit", "pods", "-l", selector, "--force", "--grace-period=0")
+
+
+@pytest.mark.parametrize("folder", ["overlays/kind", "overlays/gke", "overlays/generic", "tenant"])
+def test_every_overlay_applies(prepared: Cluster, folder: str) -> None:
+    objects = list(yaml.safe_load_all(prepared.kubectl("kustomize", str(K8S / folder))))
+    own = f"bit-{folder.rpartition('/')[2]}"  # a claim cannot be changed in place: a namespace of its own
+    for made in objects:
+        if made["kind"] == "Namespace":
+            made["metadata"]["name"] = own
+            assert made["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+            prepared.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump(made))
+        elif "namespace" in made["metadata"]:
+            made["metadata"]["namespace"] = own
+    whole = yaml.safe_dump_all(objects)
+    prepared.kubectl("apply", "--server-side", "--dry-run=server", "--force-conflicts", "-f", "-", stdin=whole)
+
+
+def test_serving_goes_before_finetuning_before_pretraining(prepared: Cluster) -> None:
+    values = {row["metadata"]["name"]: row["value"] for row in prepared.get("priorityclass")["items"]}
+    assert values["bit-serving"] > values["bit-finetune"] > values["bit-pretrain"]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_training_pod_is_hardened(job: str) -> None:
+    _, made = read(K8S / f"{job}.yaml")
+    pod = made["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert "@sha256:" in container["image"]
+    assert {"cpu", "memory"} <= set(container["resources"]["limits"])
+    assert pod["terminationGracePeriodSeconds"] >= 60
+    [memory] = [volume["name"] for volume in pod["volumes"] if volume.get("emptyDir", {}).get("medium") == "Memory"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts[memory] == "/dev/shm"  # noqa: S108
+    assert not [one for one in container["env"] if "secretKeyRef" in str(one.get("value", ""))]
+
+
+def misspelt(job: Object) -> None:
+    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    pod["tolerationz"] = pod.pop("tolerations")
+
+
+def two_masters(job: Object) -> None:
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    job["spec"]["pytorchReplicaSpecs"]["Master"] = worker | {"replicas": 2}
+
+
+def renamed(job: Object) -> None:
+    job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["name"] = "train"
+
+
+def wrong_resource(job: Object) -> None:
+    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    pod["containers"][0]["resources"]["limits"]["nvidia.com/gpus"] = "1"
+
+
+def wrong_type(job: Object) -> None:
+    job["spec"]["nprocPerNode"] = 8
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (misspelt, "did you mean 'tolerations'"),
+        (two_masters, "there can be only 1"),
+        (renamed, "no container named pytorch"),
+        (wrong_resource, "did you mean 'nvidia.com/gpu'"),
+        (wrong_type, "nprocPerNode must be of type str"),
+    ],
+)
+def test_an_invalid_edit_is_refused_before_it_reaches_the_cluster(edit: Callable[[Object], None], said: str) -> None:
+    _, job = read(K8S / "pretrain.yaml")
+    check(job, "pretrain.yaml")
+    edit(job)
+    with pytest.raises(ManifestError, match=said):
+        check(job, "pretrain.yaml")
+
+
+def test_what_is_rendered_says_what_the_order_and_the_cluster_say() -> None:
+    order = Order("bit-finetune-digits-1", "finetune", "digits", {"runs/pack/digits/receipt.json": "{}"})
+    given = ClusterConfig(image="x@sha256:1", store="s3://b/s", pool="gpu-spot", devices=2, memory="9Gi", queue=None)
+    config_map, job = render(order, given, ROOT)
+    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert config_map["data"] == {"runs.pack.digits.receipt.json": "{}"}
+    [project] = [volume["configMap"] for volume in pod["volumes"] if "configMap" in volume]
+    assert project["items"] == [{"key": "runs.pack.digits.receipt.json", "path": "runs/pack/digits/receipt.json"}]
+    assert container["command"] == ["torchrun", "-m", "training", "finetune", "digits"]
+    assert container["resources"]["limits"] == {"cpu": "8", "memory": "9Gi", "nvidia.com/gpu": "2"}
+    assert {row["key"] for row in pod["tolerations"]} == {"nvidia.com/gpu", "cloud.google.com/gke-spot"}
+    assert "kueue.x-k8s.io/queue-name" not in job["metadata"]["labels"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"store": "s3://b"}, "cluster.image is not set"),
+        ({"image": "x@sha256:1"}, "cluster.store is not set"),
+    ],
+)
+def test_what_the_cluster_needs_is_asked_for_by_name(given: dict[str, str], said: str) -> None:
+    with pytest.raises(ManifestError, match=said):
+        render(Order("a", "pretrain", None, {}), ClusterConfig(**given), ROOT)
+
+
+def test_a_name_that_services_could_not_carry_is_refused() -> None:
+    given = ClusterConfig(image="x@sha256:1", store="s3://b")
+    with pytest.raises(ManifestError, match="at most 50"):
+        render(Order("a" * 56, "pretrain", None, {}), given, ROOT)

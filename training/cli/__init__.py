@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from training.cli import demo, models, project, stages
+from training.cli import demo, jobs, models, project, stages
+from training.cluster import pod
 from training.errors import UserError
 
 COMMANDS = (
@@ -19,6 +20,11 @@ COMMANDS = (
     stages.fleet,
     models.promote,
     models.zoo,
+    jobs.submit,
+    jobs.jobs,
+    jobs.logs,
+    jobs.attach,
+    jobs.cancel,
     project.config,
     project.serve,
 )
@@ -57,6 +63,8 @@ def options(
 
 def main() -> None:
     """Runs the command line; an error that the user can mend ends with its message and status 2, without a traceback."""
+    if pod.is_pod():
+        pod.prepare()
     try:
         build()()
     except UserError as error:

@@ -6,13 +6,20 @@ from typing import Annotated, Any
 import typer
 
 from training.cli.options import MaybeTenant, Set, Tenant
+from training.cluster import pod
 from training.config import Config
 from training.params import load
 
 
-def stage(name: str, config: Config, *arguments: Any) -> None:
-    """Runs one stage. Its module is imported only now, so that `bit --help` answers at once."""
+def stage(name: str, config: Config, tenant: str | None = None) -> None:
+    """Runs one stage, here or on the cluster. Its module is imported only now, so that `bit --help` answers at once."""
+    arguments: Any = (tenant,) if tenant else ()
+    if config.runner == "kubernetes" and name in ("pretrain", "finetune") and not pod.is_pod():
+        import_module("training.submit").main(config, name, *arguments)
+        return
     import_module(f"training.{name}").main(config, *arguments)
+    if pod.is_pod():
+        pod.deliver(name, tenant)
 
 
 def pack(

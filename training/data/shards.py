@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import posixpath
 import tarfile
 import threading
 from collections.abc import Iterable, Iterator
@@ -20,12 +19,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from training.data.remote import Folder
 from training.errors import UserError
 
 FORMAT = 1
@@ -165,10 +164,10 @@ SCHEMA = pa.schema(
 
 
 class Dataset:
-    """A packed dataset: a local folder or any fsspec URL. Build it with `Dataset.open`."""
+    """A packed dataset: a local folder, any fsspec URL or a folder of a DVC remote. Build it with `Dataset.open`."""
 
-    def __init__(self, url: str, index: dict[str, Any], fingerprint: str) -> None:
-        self.url, self.index, self.fingerprint = url, index, fingerprint
+    def __init__(self, folder: Folder, index: dict[str, Any], fingerprint: str) -> None:
+        self.folder, self.url, self.index, self.fingerprint = folder, folder.url, index, fingerprint
         self.classes: list[str] = index["classes"]
         self.multi_label: bool = index["multi_label"]
 
@@ -176,9 +175,9 @@ class Dataset:
     def open(cls, url: str | os.PathLike[str]) -> Self:
         """Reads index.json. fingerprint: its sha256, which stands for every byte of the dataset. Raises DatasetError."""
         url = os.fspath(url)
+        folder = Folder(url)
         try:
-            with fsspec.open(posixpath.join(url, INDEX), "rb") as file:
-                data = file.read()
+            data = folder.read(INDEX)
             index = json.loads(data)
         except (OSError, ValueError) as error:
             raise DatasetError(
@@ -188,7 +187,7 @@ class Dataset:
             raise DatasetError(
                 f"{url} has format {index.get('format')!r}, this code reads {FORMAT}. Run `bit pack` again."
             )
-        return cls(url, index, hashlib.sha256(data).hexdigest())
+        return cls(folder, index, hashlib.sha256(data).hexdigest())
 
     @property
     def num_classes(self) -> int:
@@ -200,8 +199,7 @@ class Dataset:
 
     @cached_property
     def _examples(self) -> pa.Table:
-        with fsspec.open(posixpath.join(self.url, EXAMPLES), "rb") as file:
-            data = file.read()
+        data = self.folder.read(EXAMPLES)
         if hashlib.sha256(data).hexdigest() != self.index["examples_sha256"]:
             raise DatasetError(
                 f"{self.url}/{EXAMPLES} does not match {INDEX}: one of them is damaged. Run `bit pack` again."
@@ -251,9 +249,9 @@ class Split:
         name, offset, length = self.shards[i], self._offsets[i], self._lengths[i]
         with self._lock:
             if name not in self._files:
-                path = posixpath.join(self.dataset.url, name)
+                path = self.dataset.folder.path(name)
                 local = os.path.exists(path)
-                self._files[name] = os.open(path, os.O_RDONLY) if local else fsspec.open(path, "rb").open()
+                self._files[name] = os.open(path, os.O_RDONLY) if local else self.dataset.folder.open(name)
             file = self._files[name]
             if not isinstance(file, int):
                 file.seek(offset)

@@ -1,0 +1,107 @@
+"""Why a job waits or failed, in plain words with the next step. Pure: objects of the API in, sentences out."""
+
+import re
+from typing import Any
+
+Object = dict[str, Any]
+OOM, SIGTERM = 137, 143
+
+
+def condition(job: Object) -> str:
+    """The state of a job: Succeeded, Failed, Suspended, Running, Restarting, Created, or "" where none is told yet."""
+    told = {row["type"] for row in job.get("status", {}).get("conditions", []) if row["status"] == "True"}
+    return next(
+        (state for state in ("Succeeded", "Failed", "Suspended", "Restarting", "Running") if state in told), "Created"
+    )
+
+
+def waiting(job: Object, pods: list[Object], events: list[str], workload: Object | None) -> str:
+    """Why a job does not run yet."""
+    if job.get("spec", {}).get("runPolicy", {}).get("suspend"):
+        return _queued(job, workload)
+    for pod in pods:
+        if told := _pulling(pod):
+            return told
+    for row in (row for pod in pods for row in pod.get("status", {}).get("conditions", [])):
+        if row.get("reason") == "Unschedulable":
+            return _unschedulable(row.get("message", ""), pods[0])
+    if not pods:
+        last = [message for message in events if "forbidden" in message or "exceeded quota" in message]
+        return f"no pod could be made: {last[-1]}" if last else "the operator has not made its pods yet"
+    running = sum(pod.get("status", {}).get("phase") == "Running" for pod in pods)
+    return f"{running} of {len(pods)} pods are running"
+
+
+def failed(pods: list[Object], job: Object, micro_batch: int | None) -> str:
+    """Why a job failed: memory, deadline, too many restarts, or the program's own last words."""
+    for state in _terminated(pods):
+        if state.get("exitCode") == OOM or state.get("reason") == "OOMKilled":
+            fits = f"try --set finetune.micro_batch={max(1, micro_batch // 2)}" if micro_batch else "set a micro_batch"
+            return f"killed for memory (OOMKilled): {fits} (the result stays the same), or raise cluster.memory"
+    for state in _terminated(pods):
+        if said := (state.get("message") or "").strip():
+            last = "\n".join(said.splitlines()[-12:])
+            return f"the program ended with status {state.get('exitCode')}:\n{last}"
+    for row in job.get("status", {}).get("conditions", []):
+        if row["type"] == "Failed":
+            if "deadline" in row.get("message", "").lower() or row.get("reason") == "DeadlineExceeded":
+                return "its deadline passed (runPolicy.activeDeadlineSeconds): raise it, then --retry goes on from the checkpoint"
+            return row.get("message") or row.get("reason") or "the operator gives no reason"
+    return "the operator gives no reason"
+
+
+def restarts(pods: list[Object]) -> int:
+    """How often containers of a job were started again: preempted, killed or crashed."""
+    return sum(
+        status.get("restartCount", 0) for pod in pods for status in pod.get("status", {}).get("containerStatuses") or ()
+    )
+
+
+def _queued(job: Object, workload: Object | None) -> str:
+    queue = job["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
+    if workload is None:
+        return f"suspended; queue {queue!r} has not admitted it" if queue else "suspended (runPolicy.suspend)"
+    rows = workload.get("status", {}).get("conditions", [])
+    told = next((row["message"] for row in rows if row["type"] == "QuotaReserved" and row["status"] == "False"), "")
+    evicted = next((row for row in rows if row["type"] == "Evicted" and row["status"] == "True"), None)
+    if evicted:
+        return f"preempted ({evicted.get('reason')}): {evicted.get('message')}; it resumes from its checkpoint"
+    return f"in queue {queue!r}, waiting for quota: {told or 'no more is told'}"
+
+
+def _pulling(pod: Object) -> str:
+    for status in pod.get("status", {}).get("containerStatuses") or ():
+        state = status.get("state", {}).get("waiting") or {}
+        if state.get("reason") in ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"):
+            why = f"{state['reason']}: {state.get('message', '')}"
+            return f"image {status.get('image')} cannot be pulled ({why}). Check cluster.image."
+        if state.get("reason") in ("CreateContainerConfigError", "CreateContainerError"):
+            return f"the container cannot be made: {state.get('message', '')}"
+    return ""
+
+
+def _unschedulable(message: str, pod: Object) -> str:
+    limits = pod["spec"]["containers"][0].get("resources", {}).get("limits", {})
+    selector = pod["spec"].get("nodeSelector") or {}
+    where = ", ".join(f"{key.rpartition('/')[2]}={value}" for key, value in selector.items()) or "any node"
+    if short := re.findall(r"Insufficient ([\w./-]+)", message):
+        asked = ", ".join(f"{name} (asks for {limits.get(name.rstrip('.'), '?')})" for name in dict.fromkeys(short))
+        return (
+            f"no node of the pool {where} has enough {asked} free: wait, ask for less, or choose another cluster.pool"
+        )
+    if "unbound" in message or "persistentvolumeclaim" in message:
+        return f"its volume is not there yet ({message.rstrip('.')}): see k8s/base/storage.yaml"
+    if "node affinity/selector" in message:
+        return f"no node has the labels of the pool {where}: add a node pool (docs/cluster.md), or choose another cluster.pool"
+    return f"it cannot be placed: {message}"
+
+
+def _terminated(pods: list[Object]) -> list[Object]:
+    found = []
+    for pod in pods:
+        for status in pod.get("status", {}).get("containerStatuses") or ():
+            for state in (status.get("state", {}), status.get("lastState", {})):
+                ended = (state or {}).get("terminated")
+                if ended and ended.get("exitCode") not in (0, SIGTERM):
+                    found.append(ended)
+    return found

@@ -1,0 +1,202 @@
+"""PyTorchJobs on a cluster: applied, watched, read and removed. The one importer of the Kubernetes client.
+
+The watch outlives what happens to API servers and networks in the days that a job takes: a lost connection is tried again, and a
+history that is gone (410) is listed anew.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import urllib3
+from kubernetes import client, config, watch
+from kubernetes.client.exceptions import ApiException
+from kubernetes.config.config_exception import ConfigException
+
+from training.cluster.manifests import Object
+from training.config import ClusterConfig
+from training.errors import UserError
+
+GROUP, VERSION, PLURAL = "kubeflow.org", "v1", "pytorchjobs"
+MANAGER = "bit"  # the field manager of server-side apply
+ALL = "app.kubernetes.io/part-of=bit"
+CONNECT_S, READ_S = 5, 60
+LONGEST_PAUSE_S = 15.0
+
+
+class ClusterError(UserError):
+    """The cluster cannot be reached, or refuses; the message says what, and what to do."""
+
+
+class Jobs:
+    """The jobs of one namespace. Raises ClusterError for a context that is not there."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        try:
+            api = config.new_client_from_config(context=cluster.context)
+        except ConfigException as error:
+            raise ClusterError(f"no cluster to submit to ({error}): set KUBECONFIG or cluster.context.") from None
+        self.namespace, self.host = cluster.namespace, api.configuration.host
+        api.configuration.retries = False  # the client's own retries would hide what we report
+        self.custom, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
+
+    def apply(self, objects: list[Object], dry_run: bool = False) -> None:
+        """Applies a ConfigMap and a PyTorchJob on the server's side: twice the same is once."""
+        query = [("fieldManager", MANAGER), ("force", "true"), ("fieldValidation", "Strict")]
+        query += [("dryRun", "All")] if dry_run else []
+        for made in objects:
+            kind, name = made["kind"], made["metadata"]["name"]
+            base = f"/apis/{GROUP}/{VERSION}" if kind == "PyTorchJob" else "/api/v1"
+            with self._asked(f"apply {kind} {name}"):
+                # The client's own patch methods cannot send the content type of server-side apply.
+                self.core.api_client.call_api(
+                    f"{base}/namespaces/{self.namespace}/{kind.lower()}s/{name}",
+                    "PATCH",
+                    query_params=query,
+                    header_params={"Content-Type": "application/apply-patch+yaml", "Accept": "application/json"},
+                    body=made,
+                    auth_settings=["BearerToken"],
+                    response_type="object",
+                    _request_timeout=(CONNECT_S, READ_S),
+                )
+
+    def get(self, name: str) -> Object | None:
+        with self._asked(f"get pytorchjob {name}"):
+            try:
+                return self.custom.get_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, name)
+            except ApiException as error:
+                if error.status == 404 and "page not found" not in str(error.body):
+                    return None
+                raise
+
+    def find(self, selector: str = ALL) -> list[Object]:
+        with self._asked("list pytorchjobs"):
+            return self._list(label_selector=selector)["items"]
+
+    def delete(self, name: str) -> None:
+        """Removes a job with its pods, and its ConfigMap. What is not there is removed already."""
+        removals: tuple[Callable[[], object], ...] = (
+            lambda: self.custom.delete_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, name),
+            lambda: self.core.delete_namespaced_config_map(name, self.namespace),
+        )
+        for remove in removals:
+            with self._asked(f"delete {name}"):
+                try:
+                    remove()
+                except ApiException as error:
+                    if error.status != 404:
+                        raise
+
+    def pods(self, name: str) -> list[Object]:
+        """The pods of a job, as plain objects."""
+        with self._asked("list pods"):
+            found = self.core.list_namespaced_pod(self.namespace, label_selector=f"bit/job={name}")
+        return [self.core.api_client.sanitize_for_serialization(pod) for pod in found.items]
+
+    def events(self, about: str) -> list[str]:
+        """Messages of the events about an object, oldest first."""
+        with self._asked("list events"):
+            found = self.core.list_namespaced_event(self.namespace, field_selector=f"involvedObject.name={about}")
+        return [event.message for event in found.items if event.message]
+
+    def workload(self, uid: str) -> Object | None:
+        """Kueue's view of a job, None where there is no Kueue."""
+        with self._asked("list workloads"):
+            try:
+                selector = f"kueue.x-k8s.io/job-uid={uid}"
+                found = self.custom.list_namespaced_custom_object(
+                    "kueue.x-k8s.io", "v1beta2", self.namespace, "workloads", label_selector=selector
+                )
+            except ApiException as error:
+                if error.status in (403, 404):
+                    return None
+                raise
+        return found["items"][0] if found["items"] else None
+
+    def logs(self, pod: str, follow: bool) -> Iterator[str]:
+        """A pod's lines; ends where there are none (yet)."""
+        try:
+            answer = self.core.read_namespaced_pod_log(
+                pod, self.namespace, container="pytorch", follow=follow, _preload_content=False
+            )
+            for line in answer:
+                yield line.decode(errors="replace").rstrip("\n")
+        except (ApiException, urllib3.exceptions.HTTPError):
+            return
+
+    def watch(self, selector: str, pause_s: float = 5.0) -> Iterator[Object | None]:
+        """Every state of the selected jobs as it comes, for ever; None about every `pause_s` seconds in which nothing came."""
+        failures = 0
+        while True:
+            try:
+                listed = self._list(label_selector=selector, _request_timeout=(CONNECT_S, READ_S))
+                failures = 0
+                yield from listed["items"]
+                version = listed["metadata"]["resourceVersion"]
+                while True:
+                    stream = watch.Watch().stream(
+                        self._list,
+                        label_selector=selector,
+                        resource_version=version,
+                        timeout_seconds=max(1, int(pause_s)),
+                        _request_timeout=(CONNECT_S, READ_S),
+                    )
+                    for event in stream:
+                        version = event["object"]["metadata"]["resourceVersion"]
+                        yield event["object"]
+                    yield None
+            except ApiException as error:
+                if error.status is not None and error.status in (401, 403, 404):
+                    raise ClusterError(self._explained(error, "watch pytorchjobs")) from None
+                failures = self._rest(failures, error)  # 410: the history is gone; 5xx, 429: not now
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                failures = self._rest(failures, error)
+            if failures:
+                yield None
+
+    def _rest(self, failures: int, error: Exception) -> int:
+        status = getattr(error, "status", None)
+        if status == 410:
+            return 0
+        if failures == 1:
+            print(f"{self.host} does not answer; the job goes on, and so does the watch", file=sys.stderr)
+        time.sleep(min(LONGEST_PAUSE_S, 0.5 * 2**failures))
+        return failures + 1
+
+    def _list(self, **how: Any) -> Any:
+        """The client documents the kind of its answers by these lines, which Watch reads.
+
+        :return: object
+        """
+        return self.custom.list_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, **how)
+
+    @contextmanager
+    def _asked(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except ApiException as error:
+            raise ClusterError(self._explained(error, what)) from None
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise ClusterError(
+                f"{self.host} cannot be reached ({type(error).__name__}): is cluster.context the right one, and the cluster up?"
+            ) from None
+
+    def _explained(self, error: ApiException, what: str) -> str:
+        said = str(error.body or error.reason)
+        if error.status == 403:
+            return (
+                f"forbidden: you may not {what} in namespace {self.namespace!r}. Ask for the Role `submitter` of "
+                f"k8s/base/access.yaml. The cluster says: {said}"
+            )
+        if error.status == 404 and ("page not found" in said or "could not find the requested resource" in said):
+            return (
+                f"the cluster at {self.host} does not know PyTorchJobs: install the Kubeflow training operator "
+                "(docs/cluster.md), or choose another cluster.context."
+            )
+        if error.status == 404:
+            return f"cannot {what}: {said}. Is the namespace {self.namespace!r} there? kubectl apply -k k8s/ makes it."
+        if error.status == 401:
+            return f"{self.host} does not accept your credentials: log in again, or choose another cluster.context."
+        return f"cannot {what}: {said}"
