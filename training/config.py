@@ -131,6 +131,13 @@ class ClusterConfig(Section):
     devices: Positive = Field(1, description="GPUs, TPU chips or, on the pool cpu, processes per pod")
     cpu: str = Field("8", description="processors per pod")
     memory: str = Field("32Gi", description="memory per pod")
+class PromoteConfig(Section):
+    """Gates of `bit promote`: the limits that a challenger must keep, held against the champion on the same pictures."""
+
+    sample: Positive = Field(512, description="test pictures that both answer, at most")
+    min_agreement: float = Field(0.75, ge=0, le=1, description="smallest share of equal answers")
+    max_accuracy_drop: float = Field(0.01, ge=0, le=1, description="how much worse it may be, where there are labels")
+    max_latency_ratio: float = Field(1.5, gt=0, description="how much longer a picture may take")
 
 
 class Config(Section):
@@ -145,3 +152,4 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     cluster: ClusterConfig = ClusterConfig()
+    promote: PromoteConfig = PromoteConfig()

@@ -10,7 +10,8 @@ UserError
 ├── CheckpointError   engine         a checkpoint of another training
 ├── BatchError        engine         a batch that cannot be cut into ranks and micro-batches
 ├── DivergedError     engine         the loss is no longer finite
-└── ParityError       export.py      ONNX Runtime and torch disagree
+├── ParityError       export.py      ONNX Runtime and torch disagree
+└── GateError         promote.py     a challenger that a gate holds back
 
 Messages name the value, the choices and what to do next.
 """

@@ -1,7 +1,9 @@
 """MLflow, for all of training: runs, metrics, artifacts, registered versions, aliases. The one importer of mlflow."""
 
+import hashlib
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +13,15 @@ from typing import Any
 
 import yaml
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from training.config import ConfigError
+
 UPSTREAM_MODEL = "bit-upstream"
+EXPORT = "model.onnx"  # in the artifact folder that a version's source names
 CHAMPION, CHALLENGER = "champion", "challenger"
 
 
@@ -134,6 +140,21 @@ def versions(client: MlflowClient, model: str) -> list[ModelVersion]:
     """All versions of a model, newest first."""
     found = client.search_model_versions(f"name = '{model}'")
     return sorted(found, key=lambda version: int(version.version), reverse=True)
+
+
+def export_of(client: MlflowClient, version: ModelVersion) -> bytes:
+    """The .onnx of a registered version. Raises ConfigError where it does not hash to the version's tag `sha256`."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = f"{version.source}/{EXPORT}"
+        path = download_artifacts(artifact_uri=place, dst_path=folder, tracking_uri=client.tracking_uri)
+        data = Path(path).read_bytes()
+    digest, expected = hashlib.sha256(data).hexdigest(), version.tags.get("sha256", "nothing")
+    if digest != expected:
+        raise ConfigError(
+            f"the export of {version.name} version {version.version} hashes to {digest[:12]}…, its tag sha256 says "
+            f"{expected[:12]}…: it was changed or damaged. Register it again."
+        )
+    return data
 
 
 def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:

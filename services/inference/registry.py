@@ -169,7 +169,7 @@ class MLflowRegistry:
         experiment = self._promotions()
         known = self._history(experiment, wanted.tenant)
         before = known[0][2].get("to", "none") if known else "none"
-        if before == wanted.version:
+        if before == wanted.version or not self._is_champion(wanted):
             return
         now_ms = int(time.time() * 1000)
         tags = {"tenant": wanted.tenant, "stage": "promote", "how": "alias moved by hand", "mlflow.user": "unknown"}
@@ -189,6 +189,12 @@ class MLflowRegistry:
         if any(now_ms - start < TOGETHER_MS and (start, other) < (now_ms, run_id) for start, other in same):
             self._send("POST", f"{API}/runs/delete", json={"run_id": run_id})
 
+    def _is_champion(self, wanted: Wanted) -> bool:
+        """Whether the alias is still there: a slow instance must not write down a move that is history already."""
+        query = {"name": wanted.tenant, "alias": CHAMPION}
+        found = self._get(f"{API}/registered-models/alias", query).json()["model_version"]
+        return str(found["version"]) == wanted.version
+
     def _promotions(self) -> str:
         """Id of the experiment that holds the history."""
         found = self._get(f"{API}/experiments/get-by-name", {"experiment_name": PROMOTIONS}, missing=True)
@@ -204,7 +210,7 @@ class MLflowRegistry:
         """(start in ms, run id, params) of a tenant's latest promotions, newest first."""
         query = {
             "experiment_ids": [experiment],
-            "filter": f"tags.tenant = '{tenant}'",
+            "filter": f"tags.tenant = '{tenant}' and attributes.status != 'FAILED'",  # a gate held those back
             "order_by": ["attributes.start_time DESC"],
             "max_results": 20,
         }

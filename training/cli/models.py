@@ -1,10 +1,11 @@
 """Commands about registered models and architectures."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from training.cli.options import Tenant
+from training.cli.options import Set, Tenant
 from training.params import load
 
 
@@ -13,16 +14,27 @@ def promote(
     wanted: Annotated[
         int | None, typer.Option("--version", help="Version to promote; default: the challenger.")
     ] = None,
+    why: Annotated[str, typer.Option(help="The reason, for the history.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Promote though a gate fails; needs --why.")] = False,
+    back: Annotated[bool, typer.Option("--rollback", help="Back to the version that the champion replaced.")] = False,
+    past: Annotated[bool, typer.Option("--history", help="Print who moved the alias, when and why.")] = False,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Ask both with these pictures, not the packed test split.")
+    ] = None,
+    overrides: Set = None,
 ) -> None:
-    """Move the alias champion, after showing what is compared. Services follow within seconds."""
+    """Move the alias champion once the gates hold: both versions answer the same pictures first. Services follow."""
+    from rich.console import Console
+
     from training import promote as promotion
 
-    uri = load().tracking_uri
-    compared = promotion.compare(uri, tenant, wanted)
-    print("\n".join(compared.lines()))
-    if compared.changes:
-        promotion.apply(uri, compared)
-        print(f"  alias champion → version {compared.candidate.version}")
+    config = load(overrides=overrides or ())
+    if past:
+        promotion.print_history(config, tenant, Console())
+    elif back:
+        print("\n".join(promotion.rollback(config, tenant, why)))
+    else:
+        print("\n".join(promotion.main(config, tenant, wanted, why, force, pictures)))
 
 
 def zoo() -> None:

@@ -1,0 +1,168 @@
+"""Promotion over a real registry: the replay, the gates, the run that is left, the way back, the history."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.services.exports import export, gray_png
+from training import history, promote, tracking
+from training.config import Config, ConfigError, PromoteConfig
+
+LIMITS = PromoteConfig(max_latency_ratio=1000)  # timing is a test of its own
+ROOT = Path(__file__).parents[2]
+
+
+class Registry:
+    def __init__(self, folder: Path) -> None:
+        self.config = Config(tracking_uri=f"sqlite:///{folder}/mlflow.db", promote=LIMITS)
+        self.client, self.folder = tracking.connect(self.config.tracking_uri), folder
+
+    def publish(self, data: bytes, validation: str = "passed") -> str:
+        """A new version with the alias `challenger`."""
+        path = self.folder / tracking.EXPORT
+        path.write_bytes(data)
+        tags = {"sha256": hashlib.sha256(data).hexdigest(), "validation": validation}
+        with tracking.start(self.config.tracking_uri, "register", "lamps", {}, {}) as run:
+            run.artifact(path, "export")
+            return run.register("lamps", "export", tags)
+
+    @property
+    def champion(self) -> str:
+        found = tracking.version_at(self.client, "lamps", tracking.CHAMPION)
+        return str(found.version) if found else "none"
+
+    def moves(self) -> list[tuple[str, str, str]]:
+        """(from, to, how) of the moves, oldest first."""
+        entries = history.read(self.client, "lamps")
+        return [(entry.before, entry.after, entry.how) for entry in reversed(entries) if entry.moved]
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    monkeypatch.chdir(tmp_path)  # without a packed test split
+    return Registry(tmp_path)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for value in range(0, 250, 25):
+        (folder / f"{value}.png").write_bytes(gray_png(value))
+    return folder
+
+
+def test_the_first_promotion_needs_no_champion_to_compare_with(registry: Registry) -> None:
+    first = registry.publish(export())
+    said = promote.main(registry.config, "lamps", why="the first")
+    assert said[-1] == f"  alias champion → version {first}"
+    assert registry.champion == first
+    assert registry.moves() == [("none", first, "bit promote")]
+    assert promote.main(registry.config, "lamps")[-1].endswith("nothing to do")
+
+
+def test_a_challenger_that_agrees_is_promoted_and_the_run_says_how(registry: Registry, pictures: Path) -> None:
+    first, second = registry.publish(export()), "2"
+    promote.main(registry.config, "lamps")
+    registry.publish(export(threshold=0.5))
+    promote.main(registry.config, "lamps", pictures=pictures, why="calibrated")
+    assert registry.champion == second
+    [entry, *_] = history.read(registry.client, "lamps")
+    assert (entry.before, entry.after, entry.why, entry.moved) == (first, second, "calibrated", True)
+    assert (entry.figures["agreement"], entry.figures["pictures"]) == (1.0, 10.0)
+    assert entry.figures["latency_ratio"] > 0
+
+
+def test_a_challenger_that_flips_answers_is_held_back_with_the_pictures(registry: Registry, pictures: Path) -> None:
+    first = registry.publish(export())
+    promote.main(registry.config, "lamps")
+    second = registry.publish(export(sign=-1))
+    with pytest.raises(promote.GateError, match=r"FAIL  agreement 0\.000 \(at least 0\.75\)[\s\S]*stays at version 1"):
+        promote.main(registry.config, "lamps", pictures=pictures)
+    assert registry.champion == first
+    experiment = registry.client.get_experiment_by_name(history.EXPERIMENT)
+    assert experiment is not None
+    [held] = registry.client.search_runs([experiment.experiment_id], "attributes.status = 'FAILED'")
+    assert [file.path for file in registry.client.list_artifacts(held.info.run_id)] == ["flips.png"]
+    with pytest.raises(ConfigError, match="--why"):
+        promote.main(registry.config, "lamps", force=True)
+    promote.main(registry.config, "lamps", pictures=pictures, force=True, why="dark is bright now")
+    assert registry.champion == second
+    newest = registry.client.search_runs([experiment.experiment_id], max_results=1)[0]
+    assert (newest.data.params["forced"], newest.data.params["failed_gates"]) == ("True", "agreement")
+
+
+def test_where_nothing_is_packed_the_golden_pictures_are_asked(registry: Registry) -> None:
+    registry.publish(export())
+    promote.main(registry.config, "lamps")
+    registry.publish(export(threshold=0.1))
+    assert any("the 1 golden pictures" in line for line in promote.main(registry.config, "lamps"))
+
+
+def test_accuracy_and_latency_have_gates() -> None:
+    figures = {"agreement": 0.9, "latency_ratio": 1.6, "accuracy.from": 0.9, "accuracy.to": 0.88}
+    judged = {gate.name: gate.passed for gate in promote.gates(figures, PromoteConfig())}
+    assert judged == {"agreement": True, "accuracy_drop": False, "latency_ratio": False}
+    figures |= {"latency_ratio": 1.5, "accuracy.to": 0.895}
+    assert all(gate.passed for gate in promote.gates(figures, PromoteConfig()))
+
+
+def test_a_slower_challenger_shows_in_the_latency(registry: Registry, pictures: Path) -> None:
+    registry.publish(export())
+    promote.main(registry.config, "lamps")
+    registry.publish(export(mflop=100))
+    config = registry.config.model_copy(update={"promote": PromoteConfig()})
+    with pytest.raises(promote.GateError, match="FAIL  latency_ratio"):
+        promote.main(config, "lamps", pictures=pictures)
+
+
+def test_rolling_back_walks_the_versions_that_were_champion(registry: Registry) -> None:
+    for threshold in (0.1, 0.2, 0.3):
+        registry.publish(export(threshold=threshold))
+        promote.main(registry.config, "lamps")
+    assert registry.champion == "3"
+    for expected in ("2", "1"):
+        promote.rollback(registry.config, "lamps", "worse in the field")
+        assert registry.champion == expected
+    with pytest.raises(ConfigError, match=r"replaced no other[\s\S]*--version"):
+        promote.rollback(registry.config, "lamps")
+    assert registry.moves()[-1] == ("2", "1", "bit promote --rollback")
+
+
+def test_a_move_by_hand_is_noticed_and_rolled_back(registry: Registry) -> None:
+    first, second = registry.publish(export()), registry.publish(export(threshold=0.2))
+    promote.main(registry.config, "lamps", version=int(first))
+    registry.client.set_registered_model_alias("lamps", "champion", second)
+    promote.rollback(registry.config, "lamps")
+    assert registry.champion == first
+    assert [how for *_, how in registry.moves()] == ["bit promote", "alias moved by hand", "bit promote --rollback"]
+
+
+def test_an_export_that_was_changed_is_not_promoted(registry: Registry) -> None:
+    registry.publish(export())
+    promote.main(registry.config, "lamps")
+    made = registry.client.get_model_version("lamps", registry.publish(export(sign=-1)))
+    assert made.source is not None
+    (Path(made.source.removeprefix("file://")) / tracking.EXPORT).write_bytes(export())
+    with pytest.raises(ConfigError, match="changed or damaged"):
+        promote.main(registry.config, "lamps")
+
+
+def test_a_version_that_nobody_checked_is_refused(registry: Registry) -> None:
+    registry.publish(export(), validation="none")
+    with pytest.raises(ConfigError, match="validation=passed"):
+        promote.main(registry.config, "lamps")
+
+
+def test_the_command_prints_the_history(registry: Registry) -> None:
+    registry.publish(export())
+    promote.main(registry.config, "lamps", why="because")
+    (registry.folder / "params.yaml").write_text(f"tracking_uri: {registry.config.tracking_uri}\n")
+    command = [sys.executable, "-m", "training", "promote", "lamps", "--history"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=registry.folder, env=environment)
+    assert all(text in done.stdout for text in ("none", "because", "bit promote"))
