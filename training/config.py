@@ -131,6 +131,8 @@ class ClusterConfig(Section):
     devices: Positive = Field(1, description="GPUs, TPU chips or, on the pool cpu, processes per pod")
     cpu: str = Field("8", description="processors per pod")
     memory: str = Field("32Gi", description="memory per pod")
+
+
 class PromoteConfig(Section):
     """Gates of `bit promote`: the limits that a challenger must keep, held against the champion on the same pictures."""
 
