@@ -11,8 +11,42 @@ from training.cluster.manifests import ManifestError, Object, Order, check, read
 from training.config import ClusterConfig
 
 ROOT = K8S.parent
-JOBS = ("pretrain", "pretrain-tpu", "finetune")
-POOL_OF = {"pretrain": "gpu", "pretrain-tpu": "tpu", "finetune": "gpu"}
+JOBS = ("pretrain", "pretrain-tpu", "pretrain-tpu-multihost", "finetune")
+POOL_OF = {"pretrain": "gpu", "pretrain-tpu": "tpu", "pretrain-tpu-multihost": "tpu-slice", "finetune": "gpu"}
+
+
+def slice_host(number: int) -> Object:
+    """One host of a TPU slice 4x4, as GKE labels it; simulated like the kit's own nodes."""
+    name, chips = f"tpu-slice-{number}", {"cpu": "112", "memory": "192Gi", "pods": "110", "google.com/tpu": "4"}
+    labels = {
+        "kubernetes.io/hostname": name,
+        "topology.kubernetes.io/zone": "europe-west4-b",
+        "cloud.google.com/gke-nodepool": "tpu-slice",
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x4",
+    }
+    metadata = {"name": name, "annotations": {"kwok.x-k8s.io/node": "fake"}, "labels": labels}
+    taints = [{"key": "google.com/tpu", "value": "present", "effect": "NoSchedule"}]
+    status = {"capacity": chips, "allocatable": chips}
+    return {"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {"taints": taints}, "status": status}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tpu_slice(prepared: Cluster) -> None:
+    hosts = yaml.safe_dump_all([slice_host(number) for number in range(4)])
+    prepared.kubectl("apply", "--server-side", "-f", "-", stdin=hosts)
+
+
+def test_every_host_of_a_slice_knows_its_number_and_all_names() -> None:
+    _, made = read(K8S / "pretrain-tpu-multihost.yaml")
+    worker = made["spec"]["pytorchReplicaSpecs"]["Worker"]
+    [container] = worker["template"]["spec"]["containers"]
+    env = {one["name"]: one.get("value", one.get("valueFrom")) for one in container["env"]}
+    names = [f"{made['metadata']['name']}-worker-{number}" for number in range(worker["replicas"])]
+    assert env["TPU_WORKER_HOSTNAMES"].split(",") == names
+    assert env["TPU_WORKER_ID"]["fieldRef"]["fieldPath"] == "metadata.labels['training.kubeflow.org/replica-index']"
+    policy = made["spec"]["elasticPolicy"]
+    assert policy["minReplicas"] == policy["maxReplicas"] == worker["replicas"]
 
 
 @pytest.mark.parametrize("job", JOBS)
