@@ -19,7 +19,6 @@ from mlflow.entities.model_registry import ModelVersion
 from rich.console import Console
 from rich.table import Table
 
-from services.inference.engine import Session
 from training import history, replay, tracking
 from training.config import Config, ConfigError, PromoteConfig
 from training.errors import UserError
@@ -103,7 +102,10 @@ def main(
             move(client, tenant, candidate)
         return [*said, "  no champion yet: nothing to hold it against", _moved(candidate)]
 
-    old, new = (Session(tracking.export_of(client, found)) for found in (champion, candidate))
+    old, new = (
+        replay.load(tracking.export_of(client, found), f"version {found.version} of {tenant}")
+        for found in (champion, candidate)
+    )
     examples, source = replay.sample(tenant, config.promote.sample, pictures, old, new)
     seen = replay.replay(old, new, examples)
     figures = seen.figures()

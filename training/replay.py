@@ -14,6 +14,7 @@ import numpy as np
 
 from services import preprocess
 from services.inference.engine import Session
+from services.inference.errors import Refused
 from training import plots, receipt
 from training.config import ConfigError
 from training.data.shards import Dataset
@@ -75,6 +76,16 @@ class Replay:
     def _accuracy(self, answers: list[Answer]) -> float:
         right = [answer == example.label for answer, example in zip(answers, self.examples, strict=True)]
         return float(np.mean(right))
+
+
+def load(data: bytes, name: str) -> Session:
+    """An export, checked as the service checks it. Raises ConfigError with the engine's reason."""
+    try:
+        session = Session(data)
+        session.check_golden()
+    except Refused as error:
+        raise ConfigError(f"{name} cannot be asked: {error}. Export and register it again.") from error
+    return session
 
 
 def replay(champion: Session, challenger: Session, examples: Sequence[Example]) -> Replay:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.services.exports import export, gray_png
-from training import history, promote, tracking
+from training import history, predict, promote, tracking
 from training.config import Config, ConfigError, PromoteConfig
 
 LIMITS = PromoteConfig(max_latency_ratio=1000)  # timing is a test of its own
@@ -156,6 +156,15 @@ def test_a_version_that_nobody_checked_is_refused(registry: Registry) -> None:
     registry.publish(export(), validation="none")
     with pytest.raises(ConfigError, match="validation=passed"):
         promote.main(registry.config, "lamps")
+
+
+def test_batch_answers_come_from_the_registry(registry: Registry) -> None:
+    first = registry.publish(export())
+    with pytest.raises(ConfigError, match=r"no version with the alias 'champion'\. Versions: 1\."):
+        predict.find_export(registry.config, "lamps", None, "champion")
+    promote.main(registry.config, "lamps")
+    assert predict.find_export(registry.config, "lamps", None, "champion") == predict.Export(export(), first)
+    assert predict.find_export(registry.config, "lamps", 1, "champion").version == first
 
 
 def test_the_command_prints_the_history(registry: Registry) -> None:

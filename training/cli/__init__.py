@@ -19,6 +19,7 @@ COMMANDS = (
     stages.register,
     stages.fleet,
     models.promote,
+    models.predict,
     models.zoo,
     jobs.submit,
     jobs.jobs,

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from training.cli.options import Set, Tenant
+from training.config import ConfigError
 from training.params import load
 
 
@@ -35,6 +36,42 @@ def promote(
         print("\n".join(promotion.rollback(config, tenant, why)))
     else:
         print("\n".join(promotion.main(config, tenant, wanted, why, force, pictures)))
+
+
+def predict(
+    tenant: Tenant,
+    source: Annotated[
+        str, typer.Argument(help="Folder, picture, CSV with the column path, shards, or a URL of these.")
+    ],
+    out: Annotated[str, typer.Option(help="The answers: a Parquet file, path or URL.")],
+    version: Annotated[int | None, typer.Option(help="A version of the registry.")] = None,
+    alias: Annotated[str, typer.Option(help="The version with this alias.")] = "champion",
+    models: Annotated[
+        Path | None, typer.Option(help="An export, or a folder of TENANT.onnx, instead of the registry.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes kept for each picture.")] = 5,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per core.")] = None,
+    index: Annotated[int, typer.Option("--slice", min=0, envvar="JOB_COMPLETION_INDEX", help="Which slice.")] = 0,
+    slices: Annotated[int, typer.Option(min=1, help="Cut the pictures into so many; each writes its own file.")] = 1,
+    overrides: Set = None,
+) -> None:
+    """Answer many pictures without HTTP; a run that was killed goes on where it was."""
+    import os
+
+    from training import predict as prediction
+
+    if index >= slices:
+        raise ConfigError(f"--slice {index}: with --slices {slices} it is 0 to {slices - 1}.")
+    export = (
+        prediction.read_export(models, tenant)
+        if models
+        else prediction.find_export(load(overrides=overrides or ()), tenant, version, alias)
+    )
+    threads = workers or len(os.sched_getaffinity(0))
+    count, errors = prediction.main(tenant, export, source, out, top, threads, index, slices)
+    print(
+        f"{count:,} pictures answered by version {export.version}, {errors:,} of them could not be read (column error)"
+    )
 
 
 def zoo() -> None:

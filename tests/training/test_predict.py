@@ -1,0 +1,117 @@
+"""Batch answers: every source, the same answers as the export gives, kills, damaged pictures, slices."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import encode
+from tests.services.exports import CLASSES, export
+from training import predict
+from training.config import ConfigError
+from training.data import pictures
+from training.data.shards import Dataset
+from training.data.sources import SourceError
+
+COUNT = 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Grey pictures of rising brightness, one damaged, one empty, one file that is no picture."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number in range(COUNT):
+        path = root / f"{number % 3}" / f"{number:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encode(np.full((20, 20, 3), number * 4, np.uint8)))
+    (root / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    (root / "empty.jpg").write_bytes(b"")
+    (root / "notes.txt").write_text("not a picture")
+    return root
+
+
+def answered(path: Path) -> dict[str, dict]:
+    return {row["picture"]: row for row in pq.read_table(path).to_pylist()}
+
+
+def test_every_picture_is_answered_and_errors_are_kept(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.parquet"
+    assert predict.main("lamps", predict.Export(export(), "7"), str(folder), str(out), 2, 2) == (COUNT + 2, 2)
+    rows = answered(out)
+    assert rows["0/000.png"]["class"] == CLASSES[0]
+    assert rows["2/059.png"]["class"] == CLASSES[1]
+    assert rows["2/059.png"]["probabilities"][0] == pytest.approx(rows["2/059.png"]["probability"])
+    assert sorted(rows["2/059.png"]["classes"]) == sorted(CLASSES)
+    assert "not a picture: 0 bytes" in rows["empty.jpg"]["error"]
+    assert rows["damaged.png"]["class"] is None
+    assert pq.read_schema(out).metadata[b"version"] == b'"7"'
+    assert not Path(f"{out}.parts").exists()
+
+
+def test_a_table_a_url_shards_and_a_single_picture_are_sources(folder: Path, tmp_path: Path, dataset: Dataset) -> None:
+    (folder / "list.csv").write_text("path,note\n1/001.png,a\n1/004.png,b\nmissing.png,c\n")
+    of_table = pictures.find(str(folder / "list.csv"))
+    assert list(of_table.names) == ["1/001.png", "1/004.png", "missing.png"]
+    assert of_table.read(1) == (folder / "1/004.png").read_bytes()
+    assert (
+        predict.main("lamps", predict.Export(export(), "1"), str(folder / "list.csv"), f"{tmp_path}/a.parquet", 1, 1)[1]
+        == 1
+    )
+    assert list(pictures.find(folder.as_uri()).names) == list(pictures.find(str(folder)).names)
+    assert len(pictures.find(str(folder / "1/001.png"))) == 1
+    packed = pictures.find(dataset.url)
+    assert len(packed) == sum(len(dataset.split(name)) for name in dataset.splits)
+    assert packed.read(0) == dataset.split(dataset.splits[0]).read(0)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "nowhere.csv", "odd://x"])
+def test_a_source_that_cannot_be_read_says_what_can(source: str) -> None:
+    with pytest.raises(SourceError, match="Give a folder"):
+        pictures.find(source)
+
+
+@pytest.mark.parametrize("slices", [1, 3, 7, 100])
+def test_slices_hold_every_picture_once(slices: int) -> None:
+    whole = pictures.Pictures([str(n) for n in range(23)], lambda i: b"%d" % i)
+    cut = [whole.cut(index, slices) for index in range(slices)]
+    assert [name for one in cut for name in one.names] == list(whole.names)
+    assert [one.read(i) for one in cut for i in range(len(one))] == [whole.read(i) for i in range(23)]
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    many = tmp_path / "many.csv"
+    (tmp_path / "grey.png").write_bytes(encode(np.full((20, 20, 3), 90, np.uint8)))
+    many.write_text("path\n" + "grey.png\n" * (6 * predict.PART * predict.BATCH))
+    (tmp_path / "lamps.onnx").write_bytes(export(mflop=3))
+    command = [sys.executable, "-m", "training", "predict", "lamps", str(many), "--models", str(tmp_path), "--out"]
+    killed = tmp_path / "killed.parquet"
+    child = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL)
+    first = Path(f"{killed}.parts/000000.parquet")
+    until = time.monotonic() + 60
+    while not first.exists():
+        assert child.poll() is None, "ended before its first part"
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    made = first.stat().st_mtime_ns
+    assert not killed.exists()
+    with pytest.raises(ConfigError, match="Delete that folder"):
+        predict.main("lamps", predict.Export(export(sign=-1), "2"), str(many), str(killed), 5, 2)
+    assert first.stat().st_mtime_ns == made
+    # Whatever lay in the parts that were finished is taken as it is: the second run does not ask again.
+    done = subprocess.run([*command, str(killed)], check=True, capture_output=True, text=True)
+    assert f"\n{predict.PART * predict.BATCH:,} of" not in f"\n{done.stdout}", "the first part was made again"
+    whole = tmp_path / "whole.parquet"
+    predict.main("lamps", predict.read_export(tmp_path, "lamps"), str(many), str(whole), 5, 2)
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+def test_an_export_that_is_damaged_is_not_asked(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="golden answers are off"):
+        predict.main("lamps", predict.Export(export(golden_off=0.2), "3"), str(folder), f"{tmp_path}/a.parquet", 1, 1)

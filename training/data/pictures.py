@@ -1,0 +1,84 @@
+"""Pictures to be answered, wherever they lie: a folder, a CSV, packed shards, or a URL of any of these. Labels aren't needed.
+
+Each source is a list of names and a way to read the i-th; names are sorted, so that a later run sees the same order.
+"""
+
+import csv
+import io
+import posixpath
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import fsspec
+
+from training.data.shards import INDEX, Dataset
+from training.data.sources import SUFFIXES, SourceError
+
+KINDS = "Give a folder of pictures, a picture, a .csv with the column `path`, packed shards, or a URL of one of these."
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """read: index → the encoded picture's bytes, from any thread; raises OSError where it cannot be had."""
+
+    names: Sequence[str]
+    read: Callable[[int], bytes]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def cut(self, index: int, slices: int) -> "Pictures":
+        """Slice `index` of `slices`: consecutive pictures, sizes that differ by one at most, every picture in one slice."""
+        start, end = (len(self) * i // slices for i in (index, index + 1))
+        return Pictures(self.names[start:end], lambda i: self.read(start + i))
+
+
+def find(source: str) -> Pictures:
+    """All pictures of a source. Raises SourceError where there are none."""
+    try:
+        fs, root = fsspec.core.url_to_fs(source)
+        if fs.isdir(root):
+            found = _shards(source) if fs.exists(posixpath.join(root, INDEX)) else _folder(fs, root)
+        elif source.lower().endswith(".csv"):
+            found = _table(source, fs.cat_file(root))
+        else:
+            if not fs.exists(root):
+                raise SourceError(f"{source} is not there. {KINDS}")
+            found = Pictures([posixpath.basename(root)], lambda i: fs.cat_file(root))
+    except (ValueError, ImportError, OSError) as error:
+        if isinstance(error, SourceError):
+            raise
+        raise SourceError(f"{source} cannot be read: {error}. {KINDS}") from error
+    if not len(found):
+        raise SourceError(f"{source} holds no pictures; read are {', '.join(sorted(SUFFIXES))}. {KINDS}")
+    return found
+
+
+def _folder(fs: fsspec.AbstractFileSystem, root: str) -> Pictures:
+    paths = sorted(path for path in fs.find(root) if posixpath.splitext(path)[1].lower() in SUFFIXES)
+    names = [path.removeprefix(root.rstrip("/") + "/") for path in paths]
+    return Pictures(names, lambda i: fs.cat_file(paths[i]))
+
+
+def _table(source: str, data: bytes) -> Pictures:
+    """Paths are beneath the table's folder, or URLs of their own."""
+    rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
+    if rows and "path" not in rows[0]:
+        raise SourceError(f"{source}: no column 'path'; found {', '.join(map(str, rows[0]))}.")
+    folder = posixpath.dirname(source)
+    names = [row["path"] for row in rows]
+    places = [name if "://" in name else posixpath.join(folder, name) for name in names]
+
+    def read(i: int) -> bytes:
+        with fsspec.open(places[i], "rb") as file:
+            return file.read()
+
+    return Pictures(names, read)
+
+
+def _shards(source: str) -> Pictures:
+    data = Dataset.open(source)
+    splits = [data.split(name) for name in data.splits]
+    places = [(split, i) for split in splits for i in range(len(split))]
+    names = [f"{split.name}/{split.keys[i]}" for split, i in places]
+    return Pictures(names, lambda number: places[number][0].read(places[number][1]))
