@@ -2,47 +2,46 @@
 #   docker build --target inference --build-arg REVISION=$(git rev-parse HEAD) -t bit-inference .
 # Targets: inference, mlflow, training (CUDA), training-cpu, training-xla.
 #
-# BASE: any Debian with python3 (3.11 or newer) and its venv module. TORCH: what pip installs as torch, options included.
+# BASE: any Debian with python3 (3.11) and its venv module. Packages are locked with their hashes in docker/requirements (`make lock`).
+# TORCH: what pip is told to install as torch; for training-cpu say --build-arg TORCH="torch==2.13.0 --index-url <your CPU index>".
 # Wheels that a build should take before it asks an index come as a second context: --build-context wheels=FOLDER, and with
 # --build-arg PIP_NO_INDEX=1 from nowhere else.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
-ARG TORCH=torch==2.13.0
+ARG TORCH="--require-hashes --no-deps -r /src/requirements/torch.txt"
+ARG TORCH_XLA="--require-hashes --no-deps -r /src/requirements/torch-xla.txt"
 
 FROM scratch AS wheels
 
-# What every image shares: a user without a name, no byte code to write, everything that must be writable below /tmp.
+# What every image shares: a user without a name, everything that must be writable below /tmp, so that the root can be read-only.
 FROM ${BASE} AS base
-ARG REVISION=unknown
-ENV PATH=/opt/venv/bin:/app/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp BIT_GIT_COMMIT=${REVISION}
+ENV PATH=/opt/venv/bin:/app/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp
 LABEL org.opencontainers.image.title="bit-mlops" \
       org.opencontainers.image.description="Big Transfer for many tenants: training and inference" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.revision="${REVISION}"
+      org.opencontainers.image.licenses="Apache-2.0"
 WORKDIR /app
 USER 10001:10001
 
 # The stages below install packages; only their /opt/venv goes into an image. pip, caches and the packages' own tests stay behind.
 FROM ${BASE} AS packages
 ARG PIP_NO_INDEX
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS=/wheels PIP_CONSTRAINT=/src/constraints.txt
-COPY constraints.txt docker/install /src/
+# An argument ends with its stage, a variable is inherited.
+ENV PIP_NO_INDEX=${PIP_NO_INDEX} PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS=/wheels
+COPY docker/install /src/
+COPY docker/requirements /src/requirements
 
 FROM packages AS inference-packages
-COPY pyproject.toml /src/
 RUN --mount=type=bind,from=wheels,target=/wheels /src/install services
 
 FROM packages AS training-packages
 ARG TORCH
-COPY pyproject.toml /src/
 RUN --mount=type=bind,from=wheels,target=/wheels /src/install training "${TORCH}"
 
 FROM packages AS xla-packages
-ENV PIP_CONSTRAINT=/src/constraints-xla.txt
-COPY pyproject.toml constraints-xla.txt /src/
-RUN --mount=type=bind,from=wheels,target=/wheels /src/install training "torch_xla[tpu]==2.9.0"
+ARG TORCH_XLA
+RUN --mount=type=bind,from=wheels,target=/wheels /src/install training "${TORCH_XLA}"
 
 FROM packages AS mlflow-packages
-RUN --mount=type=bind,from=wheels,target=/wheels /src/install - "mlflow[auth]" psycopg2-binary boto3 google-cloud-storage
+RUN --mount=type=bind,from=wheels,target=/wheels /src/install mlflow
 
 # The project itself, unpacked into /app: the one layer that a change of the code makes anew.
 FROM packages AS code
@@ -56,6 +55,7 @@ COPY --from=mlflow-packages /opt/venv /opt/venv
 EXPOSE 5000
 CMD ["mlflow", "server", "--host", "0.0.0.0", "--port", "5000"]
 
+# Every program below ends by itself on SIGTERM as process 1 (tests/images), so that no init stands before it.
 FROM base AS inference
 COPY --from=inference-packages /opt/venv /opt/venv
 COPY --from=code /code/services /app
@@ -63,17 +63,25 @@ ENV BIT_SERVE_HOST=0.0.0.0 BIT_SERVE_PORT=8080 BIT_SERVE_CACHE_DIR=/tmp/cache
 EXPOSE 8080
 HEALTHCHECK --start-period=30s CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/v2/health/live')"]
 CMD ["bit-serve"]
+ARG REVISION=unknown
+LABEL org.opencontainers.image.revision="${REVISION}"
 
 FROM base AS training-xla
 COPY --from=xla-packages /opt/venv /opt/venv
 COPY --from=code /code/training /app
 ENV PJRT_DEVICE=TPU
 CMD ["bit", "--help"]
+ARG REVISION=unknown
+LABEL org.opencontainers.image.revision="${REVISION}"
+ENV BIT_GIT_COMMIT=${REVISION}
 
 FROM base AS training
 COPY --from=training-packages /opt/venv /opt/venv
 COPY --from=code /code/training /app
 CMD ["bit", "--help"]
+ARG REVISION=unknown
+LABEL org.opencontainers.image.revision="${REVISION}"
+ENV BIT_GIT_COMMIT=${REVISION}
 
-# The same stage under the name that says what TORCH was: a CPU build, --build-arg TORCH="torch==2.13.0 --index-url …".
+# The same stage under the name that says what TORCH was.
 FROM training AS training-cpu

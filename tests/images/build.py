@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bit-images"
 BASE = "localhost/bit-base:12"
 TOOLS = ("buildah", "debootstrap", "runc")
-COPIED = ("Dockerfile", ".dockerignore", "constraints.txt", "docker", "pyproject.toml", "services", "training")
+COPIED = ("Dockerfile", ".dockerignore", "docker", "pyproject.toml", "README.md", "LICENSE", "services", "training")
+REQUIREMENTS = ROOT / "docker" / "requirements"
 TORCH = "torch==2.13.0"
 
 
@@ -61,39 +61,30 @@ def base() -> str:
 
 
 def wheels() -> Path:
-    """Every wheel that the images need, as this machine's pip gets them; torch is the build that pip takes here."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    wanted = [TORCH, "setuptools>=77", "wheel", *project["dependencies"], *extras["services"], *extras["training"]]
-    constraints = ROOT / "constraints.txt"
-    folder = CACHE / f"wheels-{digest_of([constraints], *wanted)}"
+    """What docker/requirements locks, as this machine's pip gets it; torch is the build that pip takes here."""
+    locks = [REQUIREMENTS / f"{name}.txt" for name in ("build", "services", "training")]
+    folder = CACHE / f"wheels-{digest_of(locks, TORCH)}"
     if not folder.is_dir():
         temporary = folder.with_suffix(".partial")
         shutil.rmtree(temporary, ignore_errors=True)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--wheel-dir",
-            str(temporary),
-            "-c",
-            str(constraints),
-        ]
-        subprocess.run([*command, *wanted], check=True, stdout=sys.stderr)
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--prefer-binary"]
+        download += ["--no-build-isolation", "--dest", str(temporary)]
+        locked = [f"-r{lock}" for lock in locks]
+        subprocess.run([*download, "--require-hashes", *locked], check=True, stdout=sys.stderr)
+        subprocess.run([*download, TORCH], check=True, stdout=sys.stderr)
         temporary.rename(folder)
     return folder
 
 
-def build(target: str) -> str:
-    """Builds a target of the Dockerfile; the image's name."""
-    image = f"localhost/bit-{target}:{digest_of([ROOT / name for name in COPIED])}"
+def build(target: str, context: Path = ROOT, revision: str = "test") -> str:
+    """Builds a target of the Dockerfile in `context`; the image's name."""
+    image = f"localhost/bit-{target}:{digest_of([ROOT / name for name in COPIED], str(context), revision)}"
     if not exists(image):
         arguments = [
-            "bud", "--quiet", "--isolation", "chroot", "--format", "docker", "--target", target, "--tag", image,
-            "--build-arg", f"BASE={base()}", "--build-arg", "PIP_NO_INDEX=1", "--build-arg", "REVISION=test",
-            "--build-context", f"wheels={wheels()}", str(ROOT),
+            "bud", "--quiet", "--isolation", "chroot", "--format", "docker", "--target", target,
+            "--tag", image, "--build-arg", f"BASE={base()}", "--build-arg", "PIP_NO_INDEX=1",
+            "--build-arg", f"REVISION={revision}", "--build-arg", f"TORCH={TORCH}",
+            "--build-context", f"wheels={wheels()}", str(context),
         ]  # fmt: skip
         buildah(*arguments)
     return image

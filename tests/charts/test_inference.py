@@ -1,0 +1,194 @@
+"""charts/inference: what it renders, as objects, and what a real API server says to it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from services.inference.settings import Settings
+from services.inference.tenants import FILE
+from tests.charts.helm import CHARTS, environment, helm, pod_of, render
+
+CHART = CHARTS / "inference"
+
+
+def settings(**values: object) -> Settings:
+    """The settings that the service would read from the chart's environment; what the cluster fills in is one core."""
+    given = environment(pod_of(render("inference", **values)["Deployment"]))  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in given.items():
+            if name.startswith("BIT_SERVE_"):
+                patch.setenv(name, value if isinstance(value, str) else "1")
+        return Settings()
+
+
+@pytest.mark.parametrize("scenario", ["default", "keda", "hpa", "tenant", "idle", "folder"])
+def test_every_variable_is_a_setting_of_the_service(scenario: str) -> None:
+    given = environment(pod_of(render("inference", scenario)["Deployment"]))
+    named = {name.removeprefix("BIT_SERVE_").lower() for name in given if name.startswith("BIT_SERVE_")}
+    assert named <= set(Settings.model_fields)
+    assert len(named) > 6
+    assert settings(scenario=scenario)  # and the service takes the values
+
+
+def test_the_schema_knows_the_settings_that_the_chart_leaves_free() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    free = set(schema["properties"]["settings"]["properties"])
+    deployment = (CHART / "templates" / "deployment.yaml").read_text()
+    own = {name for name in Settings.model_fields if f"BIT_SERVE_{name.upper()}," in deployment}
+    own |= {"workers"}
+    assert free == set(Settings.model_fields) - own
+
+
+def test_settings_reach_the_service_as_they_are() -> None:
+    read = settings(scenario="tenant", settings__max_pixels=50_000_000, settings__poll_interval_s=0.5)
+    assert read.only == ["acme"]
+    assert read.pinned == ["acme"]
+    assert read.max_pixels == 50_000_000
+    assert read.poll_interval_s == 0.5
+    assert read.cold == "refuse"
+    assert read.host == "0.0.0.0"  # noqa: S104
+
+
+def test_a_pod_is_given_the_time_that_the_service_takes_to_leave() -> None:
+    values = {"shutdown__preStopSeconds": 7, "shutdown__drainSeconds": 11, "requestTimeoutSeconds": 40}
+    pod = pod_of(render("inference", **values)["Deployment"])
+    read = settings(**values)
+    assert pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"] == 7
+    assert read.drain_s == 11
+    assert read.grace_s >= read.timeout_ms / 1000 == 40
+    assert pod["terminationGracePeriodSeconds"] > 7 + read.drain_s + read.grace_s
+
+
+def test_pods_have_no_rights_and_no_cpu_limit() -> None:
+    pod = pod_of(render("inference")["Deployment"])
+    container = pod["containers"][0]
+    assert pod["automountServiceAccountToken"] is False
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert pod["securityContext"]["runAsUser"] >= 10_000
+    assert "memory" in container["resources"]["limits"]
+    assert "cpu" not in container["resources"]["limits"]
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {"/tmp", environment(pod)["BIT_SERVE_CACHE_DIR"]} <= mounted  # noqa: S108
+
+
+def test_models_fit_into_the_memory_limit() -> None:
+    pod = pod_of(render("inference")["Deployment"])
+    limit = pod["containers"][0]["resources"]["limits"]["memory"]
+    assert limit == "2Gi"
+    assert settings().memory_mb + 512 <= 2048
+
+
+def test_the_probes_ask_for_pages_that_exist_and_a_missing_registry_restarts_nothing() -> None:
+    container = pod_of(render("inference")["Deployment"])["containers"][0]
+    asked = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
+    assert asked == {
+        "startupProbe": "/v2/health/live",
+        "readinessProbe": "/v2/health/ready",
+        "livenessProbe": "/v2/health/live",
+    }
+
+
+def test_the_service_leads_to_the_pods_and_to_nothing_else() -> None:
+    objects = render("inference", "keda")
+    labels = objects["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    selector = objects["Service"]["spec"]["selector"]
+    assert selector.items() <= labels.items()
+    assert not selector.items() <= objects["Pod"]["metadata"]["labels"].items()  # the test's pod is no server
+    port = objects["Service"]["spec"]["ports"][0]
+    ports = objects["Deployment"]["spec"]["template"]["spec"]["containers"][0]["ports"]
+    assert port["targetPort"] in {one["name"] for one in ports}
+    backend = objects["Ingress"]["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]
+    assert backend == {"name": objects["Service"]["metadata"]["name"], "port": {"name": port["name"]}}
+    assert objects["ServiceMonitor"]["spec"]["endpoints"][0]["port"] == port["name"]
+    monitored = objects["ServiceMonitor"]["spec"]["selector"]["matchLabels"]
+    assert monitored.items() <= objects["Service"]["metadata"]["labels"].items()
+
+
+def test_one_autoscaler_at_most_and_it_owns_the_number_of_replicas() -> None:
+    assert render("inference")["Deployment"]["spec"]["replicas"] == 2
+    for scenario, kind in (("keda", "ScaledObject"), ("hpa", "HorizontalPodAutoscaler")):
+        objects = render("inference", scenario)
+        assert {"ScaledObject", "HorizontalPodAutoscaler"} & set(objects) == {kind}
+        assert "replicas" not in objects["Deployment"]["spec"]
+        target = objects[kind]["spec"]["scaleTargetRef"]["name"]
+        assert target == objects["Deployment"]["metadata"]["name"]
+
+
+def test_keda_asks_for_the_series_of_this_release_under_the_job_that_the_monitor_writes() -> None:
+    objects = render("inference", "keda")
+    job = objects["ServiceMonitor"]["spec"]["endpoints"][0]["relabelings"][0]["replacement"]
+    queries = [one["metadata"]["query"] for one in objects["ScaledObject"]["spec"]["triggers"]]
+    assert all(f'namespace="bit",job="{job}"' in query for query in queries)
+    rules = json.dumps(objects["PrometheusRule"]["spec"])
+    assert 'job=\\"bit-serve\\"' not in rules
+    assert f'job=\\"{job}\\"' in rules
+
+
+def test_zero_replicas_are_opted_in_with_what_wakes_them() -> None:
+    assert render("inference", "keda")["ScaledObject"]["spec"]["minReplicaCount"] == 2
+    idle = render("inference", "idle")["ScaledObject"]["spec"]
+    assert idle["minReplicaCount"] == 0
+    assert any("ingress" in one["metadata"]["query"] for one in idle["triggers"])
+
+
+def test_a_disruption_budget_where_a_pod_can_be_spared() -> None:
+    assert render("inference")["PodDisruptionBudget"]["spec"]["maxUnavailable"] == 1
+    assert "PodDisruptionBudget" not in render("inference", replicas=1)
+    assert "PodDisruptionBudget" not in render("inference", "idle")
+
+
+def test_keys_come_from_the_named_secret_or_one_that_is_made() -> None:
+    def secret(scenario: str) -> str:
+        pod = pod_of(render("inference", scenario)["Deployment"])
+        return next(one["secret"]["secretName"] for one in pod["volumes"] if one["name"] == "keys")
+
+    assert secret("keda") == "bit-tenants"
+    assert "Secret" not in render("inference", "keda")
+    made = render("inference", "tenant")["Secret"]
+    assert secret("tenant") == made["metadata"]["name"]
+    assert set(FILE.validate_json(made["stringData"]["tenants.json"])) == {"acme", "*"}
+    pod = pod_of(render("inference", "tenant")["Deployment"])
+    folder = next(one["mountPath"] for one in pod["containers"][0]["volumeMounts"] if one["name"] == "keys")
+    assert str(Path(environment(pod)["BIT_SERVE_TENANTS"]).parent) == folder
+
+
+def test_traffic_is_denied_but_for_the_few_flows() -> None:
+    policy = render("inference", "keda")["NetworkPolicy"]["spec"]
+    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+    [ingress] = policy["ingress"]
+    namespaces = [one["namespaceSelector"]["matchLabels"] for one in ingress["from"] if "namespaceSelector" in one]
+    assert [one["kubernetes.io/metadata.name"] for one in namespaces] == ["ingress-nginx", "monitoring"]
+    assert [[one["port"] for one in flow["ports"]] for flow in policy["egress"]] == [[53, 53], ["http"], [443]]
+    plain = render("inference")["NetworkPolicy"]["spec"]
+    assert plain["egress"][-1]["ports"] == [{"port": 5000, "protocol": "TCP"}]
+    assert "NetworkPolicy" not in render("inference", "folder")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ("replcas=3", "replcas"),
+        ("autoscaling.keda.queueMiliseconds=3", "queueMiliseconds"),
+        ("settings.max_bacth=3", "max_bacth"),
+        ("autoscaling.by=both", "autoscaling"),
+        ("autoscaling.keda.zero.enabled=true", "zero"),
+        ("models.existingClaim=exports", "path"),
+        ("registry.trackingUri=mlflow", "trackingUri"),
+        ("keys.tenants.acme.keys[0]=secret", "acme"),
+        ("image.digest=latest", "digest"),
+        ("shutdown.preStopSeconds=0", "preStopSeconds"),
+        ("ingress.enabled=true", "hosts"),
+    ],
+)
+def test_a_wrong_value_is_refused_and_named(wrong: str, named: str) -> None:
+    done = helm("template", "bit", CHART, "--set", wrong)
+    assert done.returncode != 0
+    assert named in done.stderr
+
+
+def test_an_hpa_cannot_be_asked_for_zero() -> None:
+    zero = ["--set", "autoscaling.keda.zero.enabled=true", "--set", "autoscaling.keda.zero.query=up"]
+    assert helm("template", "bit", CHART, *zero, "--set", "autoscaling.by=keda").returncode == 0
+    done = helm("template", "bit", CHART, *zero, "--set", "autoscaling.by=hpa")
+    assert "enabled" in done.stderr
