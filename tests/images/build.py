@@ -5,16 +5,19 @@
 Base and images are kept in ${XDG_CACHE_HOME:-~/.cache}/bit-images; a target is built again when what it copies changed.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bit-images"
+STORAGE = ("--root", str(CACHE / "storage"), "--runroot", str(CACHE / "run"), "--storage-driver", "vfs")
 BASE = "localhost/bit-base:12"
 TOOLS = ("buildah", "debootstrap", "runc")
 COPIED = ("Dockerfile", ".dockerignore", "docker", "pyproject.toml", "README.md", "LICENSE", "services", "training")
@@ -29,8 +32,7 @@ def lacking() -> list[str]:
 
 def buildah(*arguments: str) -> str:
     """Runs buildah on the storage of this module; its standard output."""
-    command = ["buildah", "--root", str(CACHE / "storage"), "--runroot", str(CACHE / "run"), "--storage-driver", "vfs"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(["buildah", *STORAGE, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(
             f"buildah {arguments[0]} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}"
@@ -39,7 +41,17 @@ def buildah(*arguments: str) -> str:
 
 
 def exists(image: str) -> bool:
-    return bool(buildah("images", "--quiet", "--filter", f"reference={image}"))
+    command = ["buildah", *STORAGE, "inspect", "--type", "image", "--format", "{{.FromImageID}}", image]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One build at a time on this machine: each copies whole trees, and they share what is kept."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def base() -> str:
@@ -79,7 +91,9 @@ def wheels() -> Path:
 def build(target: str, context: Path = ROOT, revision: str = "test") -> str:
     """Builds a target of the Dockerfile in `context`; the image's name."""
     image = f"localhost/bit-{target}:{digest_of([ROOT / name for name in COPIED], str(context), revision)}"
-    if not exists(image):
+    with alone():
+        if exists(image):
+            return image
         arguments = [
             "bud", "--quiet", "--isolation", "chroot", "--format", "docker", "--target", target,
             "--tag", image, "--build-arg", f"BASE={base()}", "--build-arg", "PIP_NO_INDEX=1",
@@ -87,7 +101,7 @@ def build(target: str, context: Path = ROOT, revision: str = "test") -> str:
             "--build-context", f"wheels={wheels()}", str(context),
         ]  # fmt: skip
         buildah(*arguments)
-    return image
+        return image
 
 
 def save(image: str, archive: Path) -> Path:
