@@ -10,7 +10,7 @@ import csv
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -48,15 +48,25 @@ class Read:
     error: str = ""
 
 
-def main(config: Config, tenant: str | None = None) -> None:
-    """Packs the pictures of upstream, or of one tenant, and writes the stage's receipt."""
+Packer = Callable[[Path, Path, PackConfig], tuple[dict[str, Any], list[tuple[str, str]]]]
+
+
+def source_of(config: Config, tenant: str | None) -> Path:
+    """Where the pictures of upstream, or of one tenant, lie."""
     default = Path("tenants", tenant, "pictures") if tenant else Path("data/upstream")
-    source = Path(config.pack.source) if config.pack.source else default
-    out = receipt.folder(STAGE, tenant)
+    return Path(config.pack.source) if config.pack.source else default
+
+
+def main(config: Config, tenant: str | None = None, make: Packer | None = None) -> None:
+    """Packs the pictures of upstream, or of one tenant, and writes the stage's receipt.
+
+    make: what writes the dataset; default: `pack` (parts.py merges what several machines packed).
+    """
+    source, out = source_of(config, tenant), receipt.folder(STAGE, tenant)
     digest = tracking.dvc_md5(source)
     params = {STAGE: config.pack.model_dump()}
     with tracking.start(config.tracking_uri, STAGE, tenant, params, {"dvc.md5": digest}) as run:
-        index, failures = pack(source, out, config.pack)
+        index, failures = (make or pack)(source, out, config.pack)
         metrics = {f"{split}_examples": float(told["num_examples"]) for split, told in index["splits"].items()}
         metrics |= {"classes": float(len(index["classes"])), "errors": float(len(failures))}
         run.metrics(metrics)
@@ -76,11 +86,12 @@ def main(config: Config, tenant: str | None = None) -> None:
 
 
 def pack(
-    source: Path, out: Path, stage: PackConfig, processes: int | None = None
+    source: Path, out: Path, stage: PackConfig, processes: int | None = None, part: tuple[int, int] = (0, 1)
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Reads every picture of `source` and writes a dataset to `out`; returns its index and the (file, reason) failures.
 
     Without splits in the source, a picture's split follows from a hash of its content, so duplicates stay together.
+    part: (number, count) packs one of `count` runs of the source's pictures, their keys and classes those of the whole.
     Raises PackError when nothing can be read, when labels and `multi_label` disagree, or, if `strict`, on any failure.
     """
     try:
@@ -94,12 +105,14 @@ def pack(
         )
     classes = sorted({label for record in records for label in record.labels})
     number = {label: index for index, label in enumerate(classes)}
+    begin, end = (len(records) * edge // part[1] for edge in (part[0], part[0] + 1))
+    records = records[begin:end]
     failures: list[tuple[str, str]] = []
 
     def examples() -> Iterator[tuple[str, Example]]:
         pictures = read_all([record.path for record in records], processes)
         shown = track(pictures, f"packing {source}", len(records), console=Console(stderr=True), transient=True)
-        for count, (record, read) in enumerate(zip(records, shown, strict=True)):
+        for count, (record, read) in enumerate(zip(records, shown, strict=True), begin):
             if read.error:
                 failures.append((read.path, read.error))
                 continue

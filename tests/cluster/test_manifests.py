@@ -1,12 +1,17 @@
 """The files in k8s/ on a real API server and the operator's webhook, under Pod Security `restricted`, on simulated pools."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.cluster.conftest import K8S
 from tests.clusters import Cluster, wait_for
+from tests.conftest import draw_folder
 from training.cluster.manifests import ManifestError, Object, Order, check, read, render
 from training.config import ClusterConfig
 
@@ -178,3 +183,43 @@ def test_a_name_that_services_could_not_carry_is_refused() -> None:
     given = ClusterConfig(image="x@sha256:1", store="s3://b")
     with pytest.raises(ManifestError, match="at most 50"):
         render(Order("a" * 56, "pretrain", None, {}), given, ROOT)
+
+
+def test_packing_runs_as_an_indexed_job_and_its_command_packs(prepared: Cluster, tmp_path: Path) -> None:
+    claim = {"accessModes": ["ReadOnlyMany"], "resources": {"requests": {"storage": "1Gi"}}, "volumeName": "pictures"}
+    volume = {
+        "accessModes": ["ReadOnlyMany"],
+        "capacity": {"storage": "1Gi"},
+        "hostPath": {"path": "/nowhere"},
+        "claimRef": {"namespace": "bit", "name": "bit-pictures"},
+    }
+    objects = [
+        {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "pictures"}, "spec": volume},
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": "bit-pictures", "namespace": "bit"},
+            "spec": claim | {"storageClassName": ""},
+        },
+    ]
+    prepared.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump_all(objects))
+    said = prepared.kubectl("apply", "--server-side", "-n", "bit", "-f", str(K8S / "pack.yaml"))
+    assert "violate PodSecurity" not in said
+
+    def pods() -> list[Object]:
+        return prepared.get("pods", "-n", "bit", "-l", "batch.kubernetes.io/job-name=bit-pack")["items"]
+
+    wait_for(lambda: len(pods()) == 16 and all(pod["spec"].get("nodeName") for pod in pods()))
+    [config_map, job] = yaml.safe_load_all((K8S / "pack.yaml").read_text())
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    draw_folder(tmp_path / "pictures")
+    values = yaml.safe_load(config_map["data"]["params.yaml"]) | {"tracking_uri": "sqlite:///.mlflow/mlflow.db"}
+    values["pack"]["source"] = str(tmp_path / "pictures")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "BIT_PARTS": "2"}
+    for index in ("0", "1"):
+        given = environment | {"JOB_COMPLETION_INDEX": index}
+        subprocess.run(container["command"], cwd=tmp_path, env=given, check=True, timeout=120)
+    assert (tmp_path / "runs" / "pack" / "upstream" / "receipt.json").is_file()
+    prepared.kubectl("delete", "-n", "bit", "job", "bit-pack")

@@ -25,10 +25,23 @@ def stage(name: str, config: Config, tenant: str | None = None) -> None:
 def pack(
     tenant: MaybeTenant = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse the whole when one picture cannot be read.")] = False,
+    part: Annotated[
+        str | None, typer.Option(metavar="NUMBER/COUNT", help="Pack one part, on one of many machines.")
+    ] = None,
+    merge: Annotated[int | None, typer.Option(metavar="COUNT", help="Join that many parts.")] = None,
     overrides: Set = None,
 ) -> None:
     """Pictures → shards: the upstream pictures, or those of one tenant."""
     stated = [*(overrides or ()), *(["pack.strict=true"] if strict else [])]
+    if part or merge:
+        from training import parts
+
+        config = load(tenant=tenant, overrides=stated)
+        if part:
+            parts.write(config, tenant, parts.parse(part))
+        if merge:
+            parts.merge(config, tenant, merge)
+        return
     stage("pack", load(tenant=tenant, overrides=stated), tenant)
 
 

@@ -128,8 +128,20 @@ def write(
         rows += writer.rows
     if not rows:
         raise DatasetError("not one picture could be packed; errors.csv beside the shards says why")
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / EXAMPLES)
-    widths, heights = [row["width"] for row in rows], [row["height"] for row in rows]
+    return finish(folder, pa.Table.from_pylist(rows, SCHEMA), splits, classes, multi_label, settings)
+
+
+def finish(
+    folder: Path,
+    examples: pa.Table,
+    splits: dict[str, Any],
+    classes: list[str],
+    multi_label: bool,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes examples.parquet and index.json beside shards that are there; returns the index."""
+    pq.write_table(examples, folder / EXAMPLES)
+    widths, heights = examples["width"].to_numpy(), examples["height"].to_numpy()
     index = {
         "format": FORMAT,
         "classes": classes,
@@ -138,8 +150,8 @@ def write(
         "sizes": {
             "median_width": int(np.median(widths)),
             "median_height": int(np.median(heights)),
-            "max_width": max(widths),
-            "max_height": max(heights),
+            "max_width": int(widths.max()),
+            "max_height": int(heights.max()),
         },
         "examples_sha256": hashlib.sha256((folder / EXAMPLES).read_bytes()).hexdigest(),
         "pack": settings,
