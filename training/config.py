@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from training import recipes
 from training.errors import UserError
 from training.hyperrule import Preset
+from training.recipes import RECIPES, LrScaling, Plan, RecipeName
 
 TENANT_SECTIONS = ("pack", "finetune", "evaluate", "export")
 Positive = Annotated[int, Field(ge=1)]
@@ -60,9 +62,12 @@ class Optimisation(Section):
 
 
 class PretrainConfig(Optimisation):
-    """Upstream training, counted in optimizer steps."""
+    """Upstream training, counted in optimizer steps. With a `recipe`, keys that are not set take the recipe's values."""
 
-    steps: Positive = 3_000
+    recipe: RecipeName | None = Field(None, description="published training: bit-s, bit-m or bit-l")
+    epochs: float | None = Field(None, gt=0, description="of a recipe; scales it down with all its boundaries")
+    lr_scaling: LrScaling = Field("linear", description="of a recipe: lr × global_batch / 256, or `none`")
+    steps: Positive | None = 3_000
     global_batch: Positive = Field(128, description="examples per optimizer step over all ranks")
     lr: float = Field(0.03, gt=0)
     warmup_steps: int = Field(100, ge=0)
@@ -71,9 +76,21 @@ class PretrainConfig(Optimisation):
     mixup_alpha: float = Field(0.0, ge=0)
     resize: Positive = 256
     crop: Positive = 224
+    head_bias: float | None = Field(
+        None, description="start of the head's bias; default: -10 in a recipe, sigmoid loss"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> "PretrainConfig":
+        if self.recipe is None:
+            if self.epochs is not None:
+                raise ValueError(
+                    f"epochs={self.epochs:g} needs a recipe ({', '.join(RECIPES)}); without one give steps"
+                )
+            if self.steps is None:
+                raise ValueError("steps=null needs a recipe, whose epochs then count")
+        elif self.epochs is not None and self.stated("steps"):
+            raise ValueError(f"epochs={self.epochs:g} and steps={self.steps}: give one of them (steps: null)")
         supports = self.supports
         if list(supports) != sorted(supports):
             raise ValueError(
@@ -82,9 +99,31 @@ class PretrainConfig(Optimisation):
             )
         return self
 
+    def stated(self, key: str) -> bool:
+        """Whether params.yaml sets `key` (to something other than null)."""
+        return key in self.model_fields_set and getattr(self, key) is not None
+
     @property
     def supports(self) -> tuple[int, ...]:
-        return (self.warmup_steps, *(round(share * self.steps) for share in self.decays), self.steps)
+        """Boundaries of the schedule where no recipe gives them."""
+        steps = self.steps or 3_000
+        return (self.warmup_steps, *(round(share * steps) for share in self.decays), steps)
+
+    def plan(self, num_examples: int) -> Plan:
+        """Steps, batch, lr and boundaries on a training set of `num_examples` pictures."""
+        if self.recipe is None:
+            assert self.steps is not None
+            return Plan(self.steps, self.global_batch, self.lr, self.supports)
+        batch = self.global_batch if self.stated("global_batch") else None
+        lr = self.lr if self.stated("lr") else None
+        if self.stated("steps"):
+            assert self.steps is not None
+            whole = (batch or recipes.BATCH) * self.steps / num_examples
+        else:
+            whole = self.epochs  # type: ignore[assignment]
+        return recipes.plan(
+            self.recipe, num_examples, epochs=whole, global_batch=batch, lr=lr, lr_scaling=self.lr_scaling
+        )
 
 
 class FinetuneConfig(Optimisation):

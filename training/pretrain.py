@@ -6,19 +6,17 @@ With `upstream.weights` set, published weights are adopted instead of training. 
 steps) this takes about 2.5 minutes on 2 cores.
 """
 
-import hashlib
 from pathlib import Path
 
-import fsspec
 import torch
 
-from training import plots, receipt, tracking
-from training.config import Config, ConfigError, UpstreamConfig
+from training import plots, receipt, recipes, tracking
+from training.config import Config, PretrainConfig
 from training.data.shards import Dataset
 from training.engine import distributed
 from training.engine.fit import View, fit
 from training.engine.loop import Recipe
-from training.models import npz, zoo
+from training.models import exchange, npz, zoo
 from training.schedules import staircase
 
 STAGE = "pretrain"
@@ -40,22 +38,10 @@ def _train(config: Config, weights: Path) -> None:
     packed = receipt.read("pack")
     data = Dataset.open(packed.outputs["dataset"].uri)
     stage = config.pretrain
-    recipe = Recipe(
-        steps=stage.steps,
-        global_batch=stage.global_batch,
-        micro_batch=stage.micro_batch,
-        lr=lambda step: staircase(step, stage.lr, stage.supports),
-        weight_decay=stage.weight_decay,
-        mixup_alpha=stage.mixup_alpha,
-        multi_label=data.multi_label,
-        precision=stage.precision,
-        seed=stage.seed,
-        evaluate_every=stage.evaluate_every,
-        checkpoint_every=stage.checkpoint_every,
-    )
-    view = View(stage.resize, stage.crop, stage.flips, stage.crops)
+    recipe, view = planned(stage, len(data.split("train")), data.multi_label)
     torch.manual_seed(stage.seed)
     model = zoo.create(config.upstream.arch, data.num_classes)
+    torch.nn.init.constant_(model.head.bias, starting_bias(stage, data.multi_label))
     inputs = packed.inputs | {"data": data.fingerprint}
     params = config.model_dump(include={STAGE, "upstream"})
     with (
@@ -70,6 +56,33 @@ def _train(config: Config, weights: Path) -> None:
             run.artifact(weights.with_name("learning_curves.png"), "plots")
             metrics = {name: values[-1][1] for name, values in history.items() if name.startswith(("test_", "loss"))}
             _register(config, weights, run, inputs, metrics)
+
+
+def planned(stage: PretrainConfig, num_examples: int, multi_label: bool) -> tuple[Recipe, View]:
+    """How `num_examples` pictures are trained on and seen: the recipe's values, and those that params.yaml states."""
+    plan = stage.plan(num_examples)
+    recipe = Recipe(
+        steps=plan.steps,
+        global_batch=plan.global_batch,
+        micro_batch=stage.micro_batch,
+        lr=lambda step: staircase(step, plan.lr, plan.supports),
+        weight_decay=stage.weight_decay,
+        mixup_alpha=stage.mixup_alpha,
+        multi_label=multi_label,
+        precision=stage.precision,
+        seed=stage.seed,
+        evaluate_every=stage.evaluate_every,
+        checkpoint_every=stage.checkpoint_every,
+    )
+    by_area = stage.recipe is not None and stage.crops
+    return recipe, View(max(stage.resize, stage.crop), stage.crop, stage.flips, stage.crops, by_area)
+
+
+def starting_bias(stage: PretrainConfig, multi_label: bool) -> float:
+    """The head's bias at step 0: with a sigmoid per class, nearly all answers begin (and are) negative."""
+    if stage.head_bias is not None:
+        return stage.head_bias
+    return recipes.HEAD_BIAS if stage.recipe and multi_label else 0.0
 
 
 def _register(
@@ -97,33 +110,14 @@ def _adopt(config: Config, weights: Path) -> None:
     source = config.upstream.weights
     assert source is not None
     fetched = weights.with_name("published.npz")
-    digest = _fetch(source, fetched)
-    _check_sha256(config.upstream, digest)
-    model = npz.load(zoo.create(config.upstream.arch, npz.num_classes(fetched)), fetched)
+    digest = exchange.fetch(source, fetched, config.upstream.sha256)
+    if config.upstream.sha256 is None:
+        print(f"upstream.weights has sha256 {digest}; pin it as upstream.sha256 in params.yaml")
+    arch = config.upstream.arch
+    model = npz.load(zoo.empty(arch, npz.num_classes(fetched)), fetched)
     npz.save(model, weights)
     fetched.unlink()
     params = {"upstream": config.upstream.model_dump()}
     inputs = {"weights": digest, "dvc.md5": "published"}
     with tracking.start(config.tracking_uri, STAGE, None, params, inputs) as run:
         _register(config, weights, run, inputs, {"parameters": float(sum(p.numel() for p in model.parameters()))})
-
-
-def _fetch(source: str, target: Path) -> str:
-    """Copies any fsspec URL to a local file; returns its sha256."""
-    digest = hashlib.sha256()
-    try:
-        with fsspec.open(source, "rb") as remote, target.open("wb") as local:
-            while block := remote.read(2**20):
-                digest.update(block)
-                local.write(block)
-    except (OSError, ValueError, ImportError) as error:
-        target.unlink(missing_ok=True)
-        raise ConfigError(f"upstream.weights={source!r} cannot be fetched: {error}") from error
-    return digest.hexdigest()
-
-
-def _check_sha256(upstream: UpstreamConfig, digest: str) -> None:
-    if upstream.sha256 is None:
-        print(f"upstream.weights has sha256 {digest}; pin it as upstream.sha256 in params.yaml")
-    elif upstream.sha256 != digest:
-        raise ConfigError(f"upstream.weights hashes to {digest}, params.yaml wants upstream.sha256={upstream.sha256}.")

@@ -1,12 +1,13 @@
 """The command `bit`: the table of its subcommands. Each is a function in a file of this folder; their order is the help's."""
 
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from training.cli import demo, jobs, models, project, stages
+from training.cli import demo, jobs, models, project, stages, weights
 from training.cluster import pod
 from training.errors import UserError
 
@@ -20,7 +21,7 @@ COMMANDS = (
     stages.fleet,
     models.promote,
     models.predict,
-    models.zoo,
+    weights.zoo,
     jobs.submit,
     jobs.jobs,
     jobs.logs,
@@ -29,8 +30,9 @@ COMMANDS = (
     project.config,
     project.serve,
 )
-GROUPS = {
+GROUPS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "demo": ("The demo: its data, and the whole way from pictures to answers over HTTP.", demo.COMMANDS),
+    "weights": ("Weight files: import, export, show; published layouts and timm's.", weights.COMMANDS),
 }
 
 

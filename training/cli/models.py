@@ -72,15 +72,3 @@ def predict(
     print(
         f"{count:,} pictures answered by version {export.version}, {errors:,} of them could not be read (column error)"
     )
-
-
-def zoo() -> None:
-    """The table of architectures."""
-    from training.models.zoo import ARCHS, num_parameters
-
-    print(f"{'arch':<9} {'units':<14} {'body':>13} {'1,000 classes':>15} {'21,843 classes':>15}")
-    for name, arch in ARCHS.items():
-        head = num_parameters(name, 1_000), num_parameters(name, 21_843)
-        body = num_parameters(name, 1) - (head[1] - head[0]) // 20_843
-        units = "-".join(map(str, arch.units))
-        print(f"{name:<9} {units:<14} {body:>13,} {head[0]:>15,} {head[1]:>15,}")

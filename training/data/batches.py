@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services import preprocess
-from training.data import augment
+from training.data import area, augment
 from training.data.shards import Split
 from training.errors import UserError
 
@@ -42,7 +42,7 @@ class Stream:
     """An endless, deterministic stream over a split.
 
     resize, crop: pictures are squashed to resize × resize, then cropped at random to crop × crop; with `crops` false they are
-    squashed to crop × crop at once.
+    squashed to crop × crop at once. by_area: crops by area instead (data/area.py), out of the picture as it is.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Stream:
         crop: int,
         flips: bool,
         crops: bool,
+        by_area: bool = False,
         rank: int = 0,
         world_size: int = 1,
         cache_bytes: int = CACHE_BYTES,
@@ -67,7 +68,8 @@ class Stream:
         self.resize, self.crop, self.flips = (resize if crops else crop), crop, flips
         self.rank, self.world_size = rank, world_size
         self.targets = split.targets()
-        self.cached = len(split) * self.resize**2 * 3 <= cache_bytes
+        self.by_area = by_area
+        self.cached = not by_area and len(split) * self.resize**2 * 3 <= cache_bytes
         self._pool = ThreadPoolExecutor(THREADS)
         self._pictures: NDArray[np.uint8] | None = None
         self._order = lru_cache(maxsize=2)(self._permutation)
@@ -80,6 +82,11 @@ class Stream:
         indices = self.indices(step)[start : start + size]
         rng = np.random.default_rng((self.seed, step, 0xC409))
         drawn = augment.draw(rng, self.global_batch, self.resize, self.crop, self.flips).part(start, start + size)
+        if self.by_area:
+            boxes = area.draw(np.random.default_rng((self.seed, step, 0xA4EA)), self.global_batch)
+            images = self._cropped(indices, boxes, start)
+            images[drawn.flip] = images[drawn.flip, :, ::-1]
+            return Batch(images, self.targets[indices], indices)
         pictures, rows = self._decoded(indices)
         images = augment.crop_and_flip(pictures, rows, self.crop, drawn)
         return Batch(images, self.targets[indices], indices)
@@ -138,6 +145,17 @@ class Stream:
         for start in range(0, len(order), WINDOW):
             rng.shuffle(order[start : start + WINDOW])
         return order
+
+    def _cropped(self, indices: NDArray[np.int64], boxes: area.AreaDraw, start: int) -> NDArray[np.uint8]:
+        """Crops by area [m, crop, crop, 3]; row i of this part of the batch is row start + i of what was drawn."""
+        images = np.empty((len(indices), self.crop, self.crop, 3), np.uint8)
+
+        def one(row: int) -> None:
+            images[row] = area.crop(self.split.read(int(indices[row])), boxes, start + row, self.crop)
+
+        for _ in self._pool.map(one, range(len(indices)), chunksize=64):
+            pass
+        return images
 
     def _decoded(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Pictures [m, R, R, 3] and the rows among them that `indices` mean."""

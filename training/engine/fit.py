@@ -23,6 +23,7 @@ class View:
     crop: int
     flips: bool
     crops: bool
+    area: bool = False  # crops by area out of the whole picture, as upstream recipes draw them
 
 
 def fit(
@@ -54,6 +55,7 @@ def fit(
         crop=view.crop,
         flips=view.flips,
         crops=view.crops,
+        by_area=view.area,
         rank=world.rank,
         world_size=world.size,
     )

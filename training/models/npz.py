@@ -1,134 +1,165 @@
-"""Weights as .npz files, in the layout that the authors published BiT in, both ways.
+"""Weights as .npz files, in the layouts that BiT was published in, both ways. models/layouts.py knows their keys.
 
-Two dialects are read: the published one (`resnet/block1/unit01/a/standardized_conv2d/kernel`, where some files number
-their layers `standardized_conv2d_<n>`) and big_vision's (`block1/unit01/conv1/kernel`). The first is written.
+Arrays pass one at a time from the zip into the network and back, so that memory holds the network and its largest array.
 Pickled content is never read.
 """
 
-import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from training.errors import UserError
-from training.models.resnet import ResNet, units_of
+from training.models import layouts, zoo
+from training.models.layouts import HEAD, STEM, Layout
+from training.models.resnet import ResNet
 
-HEAD = ("resnet/head/conv2d/kernel", "resnet/head/conv2d/bias")
+Archive = np.lib.npyio.NpzFile
+UNREADABLE = (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError)
 
 
 class WeightsError(UserError):
     """A weights file that does not fit; the message names the first key that is wrong and what was expected."""
 
 
-def layout(model: ResNet) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every (published key, parameter) of a network, from the stem to the head."""
-    yield "resnet/root_block/standardized_conv2d/kernel", model.stem.weight
-    for b, block in enumerate(model.blocks, 1):
-        for u, unit in enumerate(units_of(block), 1):
-            prefix = f"resnet/block{b}/unit{u:02d}"
-            if unit.downsample is not None:
-                yield f"{prefix}/a/proj/standardized_conv2d/kernel", unit.downsample.weight
-            parts = (("a", unit.norm1, unit.conv1), ("b", unit.norm2, unit.conv2), ("c", unit.norm3, unit.conv3))
-            for letter, norm, convolution in parts:
-                yield f"{prefix}/{letter}/group_norm/gamma", norm.weight
-                yield f"{prefix}/{letter}/group_norm/beta", norm.bias
-                yield f"{prefix}/{letter}/standardized_conv2d/kernel", convolution.weight
-    yield "resnet/group_norm/gamma", model.norm.weight
-    yield "resnet/group_norm/beta", model.norm.bias
-    yield HEAD[0], model.head.weight
-    yield HEAD[1], model.head.bias
+def save(model: ResNet, path: str | Path, layout: Layout = "published") -> None:
+    """Writes a network's parameters as float32 .npz: kernels HWIO, the head as a 1×1 convolution [1, 1, D, C] (published)."""
+
+    def arrays() -> Iterator[tuple[str, NDArray[Any]]]:
+        for key, parameter in layouts.parameters(model):
+            array = parameter.detach().float().cpu().numpy()
+            if key == HEAD[0]:
+                array = array.T
+            elif key.endswith("kernel"):
+                array = array.transpose(2, 3, 1, 0)
+            yield layouts.named(key, layout), array.reshape(layouts.shapes(key, parameter)[layout])
+
+    write(path, arrays())
 
 
-def save(model: ResNet, path: str | Path) -> None:
-    """Writes a network's parameters as float32 .npz: kernels HWIO, the head as a 1×1 convolution [1, 1, D, C]."""
-    arrays = {}
-    for key, parameter in layout(model):
-        array = parameter.detach().float().cpu().numpy()
-        if key == HEAD[0]:
-            array = array.T[None, None]
-        elif key.endswith("kernel"):
-            array = array.transpose(2, 3, 1, 0)
-        arrays[key] = np.ascontiguousarray(array)
-    with Path(path).open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+def write(path: str | Path, arrays: Iterator[tuple[str, NDArray[Any]]]) -> None:
+    """An .npz from (key, array) pairs, one at a time; appears whole or not at all. The same arrays give the same bytes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for key, array in arrays:
+                with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as file:
+                    npy.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(model: ResNet, path: str | Path, head: bool = True) -> ResNet:
-    """Fills `model` from a file in either dialect; `head=False` leaves its own head as it is. Returns the model.
+    """Fills `model` from a file in either layout; `head=False` leaves its own head as it is. Returns the model.
 
-    Raises WeightsError when the file is not a readable .npz, a key or shape does not fit, or a value is not finite.
+    Raises WeightsError when the file is not a readable .npz, a key is missing or unknown, a shape does not fit, or a value
+    is not finite.
     """
-    with _open(path) as archive, torch.no_grad():
-        keys = {canonical(key): key for key in archive.files}
-        for key, parameter in layout(model):
-            if key in HEAD and not head:
-                continue
-            if key not in keys:
-                raise WeightsError(f"{path} has no {key}; it holds {len(keys)} arrays. Is `arch` the file's own?")
-            parameter.copy_(_fitted(path, key, _read(path, archive, keys[key]), parameter))
+    with opened(path) as archive, torch.no_grad():
+        keys = checked_keys(path, archive, model, head)
+        for key, parameter in layouts.parameters(model):
+            if head or key not in HEAD:
+                tensor = torch.from_numpy(array_of(path, archive, keys[key], key, parameter))
+                if key == HEAD[0]:
+                    tensor = tensor.reshape(tensor.shape[-2:]).T
+                elif key.endswith("kernel"):
+                    tensor = tensor.permute(3, 2, 0, 1)
+                parameter.copy_(tensor.reshape(parameter.shape))
     return model
 
 
 def num_classes(path: str | Path) -> int:
     """Outputs of the head that a weights file holds."""
-    with _open(path) as archive:
+    with opened(path) as archive:
         for key in archive.files:
-            if canonical(key) == HEAD[1]:
-                return int(archive[key].size)
-    raise WeightsError(f"{path} has no {HEAD[1]}.")
+            if layouts.canonical(key) == HEAD[1]:
+                return int(_read(path, archive, key).size)
+    raise WeightsError(f"{path} has no {HEAD[1]}: its head was dropped. Give the number of classes.")
 
 
-def canonical(key: str) -> str:
-    """A key of either dialect → the published key, without layer numbers."""
-    key = re.sub(r"(standardized_conv2d|group_norm|conv2d)_\d+", r"\1", key.removesuffix(":0"))
-    if key.startswith("resnet/"):
-        return key
-    key = key.replace("root_block/conv_root/", "root_block/standardized_conv2d/")
-    key = key.replace("conv_proj/", "a/proj/standardized_conv2d/")
-    for number, letter in enumerate("abc", 1):
-        key = key.replace(f"/conv{number}/", f"/{letter}/standardized_conv2d/")
-        key = key.replace(f"/gn{number}/", f"/{letter}/group_norm/")
-    key = key.replace("norm-pre-head/", "group_norm/").removeprefix("params/")
-    key = re.sub(r"group_norm/scale$", "group_norm/gamma", re.sub(r"group_norm/bias$", "group_norm/beta", key))
-    return "resnet/" + re.sub(r"^head/", "head/conv2d/", key)
+def checked_keys(path: str | Path, archive: Archive, model: ResNet, head: bool) -> dict[str, str]:
+    """Published key → the file's own key, after checking that the file holds the network's parameters and nothing else."""
+    keys: dict[str, str] = {}
+    for own in archive.files:
+        key = layouts.canonical(own)
+        if key in keys:
+            raise WeightsError(f"{path}: {keys[key]} and {own} are both {key}; one of each is expected.")
+        keys[key] = own
+    wanted = [key for key, _ in layouts.parameters(model)]
+    for key in wanted:
+        if key not in keys and (head or key not in HEAD):
+            raise WeightsError(f"{path} has no {key}, which the network wants. {_recognised(path, archive, keys)}")
+    if unknown := sorted(set(keys) - set(wanted)):
+        raise WeightsError(
+            f"{path} holds {keys[unknown[0]]}, which the network does not have ({len(unknown)} such arrays). "
+            f"{_recognised(path, archive, keys)}"
+        )
+    return keys
+
+
+def array_of(path: str | Path, archive: Archive, own: str, key: str, parameter: torch.Tensor) -> NDArray[Any]:
+    """One array of a file, in the file's own shape; a float of the expected shape with finite values, or WeightsError."""
+    array = _read(path, archive, own)
+    expected = layouts.shapes(key, parameter)
+    if array.dtype not in (np.float16, np.float32, np.float64):
+        raise WeightsError(f"{path}: {own} is of type {array.dtype}; float32 is expected.")
+    if array.shape not in expected.values():
+        wanted = " or ".join(sorted({str(shape) for shape in expected.values()}))
+        hint = " Is `arch` the file's own? `bit weights show` tells." if key not in HEAD else ""
+        raise WeightsError(f"{path}: {own} is {array.shape}, expected {wanted}.{hint}")
+    if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):  # no temporary of the array's size
+        raise WeightsError(f"{path}: {own} holds NaN or infinity; every value must be finite.")
+    return array
+
+
+def arch_of(path: str | Path) -> str | None:
+    """The row of the zoo that a file belongs to, by its units and the width of its stem; None for no row."""
+    with opened(path) as archive:
+        return _arch(path, archive, {layouts.canonical(key): key for key in archive.files})
+
+
+def _arch(path: str | Path, archive: Archive, keys: dict[str, str]) -> str | None:
+    if STEM not in keys:
+        return None
+    found = layouts.units(keys), _read(path, archive, keys[STEM]).shape[-1:]
+    return next((name for name, row in zoo.ARCHS.items() if (row.units, (int(64 * row.factor),)) == found), None)
+
+
+def _recognised(path: str | Path, archive: Archive, keys: dict[str, str]) -> str:
+    arch = _arch(path, archive, keys)
+    return f"The file is of arch {arch}." if arch else f"It holds {len(keys)} arrays and fits no arch of `bit zoo`."
 
 
 @contextmanager
-def _open(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
+def opened(path: str | Path) -> Iterator[Archive]:
+    """The arrays of an .npz, read when asked for. Raises WeightsError for any other file."""
+    if not Path(path).is_file():
+        raise WeightsError(f"{path} is not there. Give a BiT weights file (.npz).")
     with Path(path).open("rb") as file:
         try:
             archive = np.load(file, allow_pickle=False)
-        except (ValueError, zipfile.BadZipFile, EOFError) as error:
-            raise WeightsError(f"{path} is not a BiT weights file (.npz): {error}") from None
-        if not isinstance(archive, np.lib.npyio.NpzFile):
+        except UNREADABLE as error:
+            raise WeightsError(f"{path} is not a BiT weights file (.npz), or it is cut short: {error}") from None
+        if not isinstance(archive, Archive):
             raise WeightsError(f"{path} is not a BiT weights file (.npz) but a single array.")
         with archive:
             yield archive
 
 
-def _read(path: str | Path, archive: np.lib.npyio.NpzFile, key: str) -> NDArray[np.float32]:
+def _read(path: str | Path, archive: Archive, key: str) -> NDArray[Any]:
     try:
         return archive[key]
-    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except UNREADABLE as error:
+        if "pickle" in str(error).lower() or "Object arrays" in str(error):
+            raise WeightsError(f"{path}: {key} is pickled, which is never read; plain float32 is expected.") from None
         raise WeightsError(f"{path}: {key} cannot be read ({error}). Fetch the file again.") from None
-
-
-def _fitted(path: str | Path, key: str, array: NDArray[np.float32], parameter: torch.Tensor) -> torch.Tensor:
-    """The array in the parameter's own order of axes."""
-    tensor = torch.from_numpy(np.asarray(array, dtype=np.float32))
-    if key == HEAD[0]:
-        tensor = tensor.reshape(tensor.shape[-2:]).T
-    elif key.endswith("kernel") and tensor.ndim == 4:
-        tensor = tensor.permute(3, 2, 0, 1)
-    elif key.endswith(("gamma", "beta")):
-        tensor = tensor.reshape(-1)  # big_vision keeps them as (1, 1, 1, C)
-    if tensor.shape != parameter.shape:
-        raise WeightsError(f"{path}: {key} is {tuple(tensor.shape)}, the network wants {tuple(parameter.shape)}.")
-    if not torch.isfinite(tensor).all():
-        raise WeightsError(f"{path}: {key} holds NaN or infinity.")
-    return tensor

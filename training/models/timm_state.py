@@ -20,11 +20,15 @@ def dump(model: ResNet) -> dict[str, torch.Tensor]:
 
 def load(model: ResNet, state: Mapping[str, torch.Tensor], head: bool = True) -> ResNet:
     """Fills `model` from a timm state dict; `head=False` leaves its own head as it is. Raises WeightsError."""
+    ours = model.state_dict()
+    names = {to_timm(name): name for name in ours}
+    if unknown := sorted(set(state) - set(names)):
+        raise WeightsError(f"the state dict holds {unknown[0]}, which the network does not have. Is `arch` its own?")
     with torch.no_grad():
-        for name, parameter in model.state_dict().items():
+        for key, name in names.items():
             if not head and name.startswith("head."):
                 continue
-            key = to_timm(name)
+            parameter = ours[name]
             if key not in state:
                 raise WeightsError(f"the state dict has no {key}. Is `arch` the network's own?")
             tensor = state[key]
@@ -32,8 +36,17 @@ def load(model: ResNet, state: Mapping[str, torch.Tensor], head: bool = True) ->
                 tensor = tensor.flatten(1)
             if tensor.shape != parameter.shape:
                 raise WeightsError(f"{key} is {tuple(tensor.shape)}, the network wants {tuple(parameter.shape)}.")
+            if not torch.isfinite(tensor).all():
+                raise WeightsError(f"{key} holds NaN or infinity; every value must be finite.")
             parameter.copy_(tensor)
     return model
+
+
+def num_classes(state: Mapping[str, torch.Tensor]) -> int:
+    """Outputs of the head of a timm state dict."""
+    if HEAD_WEIGHT not in state:
+        raise WeightsError(f"the state dict has no {HEAD_WEIGHT}: its head was dropped. Give the number of classes.")
+    return int(state[HEAD_WEIGHT].shape[0])
 
 
 def to_timm(name: str) -> str:

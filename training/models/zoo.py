@@ -6,6 +6,9 @@ Names are the paper's: R<depth>x<width factor>. R14x0.5 is the demo's: the same 
 import difflib
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
 from training.errors import UserError
 from training.models.resnet import ResNet
 
@@ -45,9 +48,36 @@ def create(arch: str, num_classes: int) -> ResNet:
     return ResNet(row.units, int(64 * row.factor), num_classes)
 
 
+def outline(arch: str, num_classes: int) -> ResNet:
+    """The network without memory behind its parameters: for counting, checking and tracing shapes."""
+    with torch.device("meta"):
+        return create(arch, num_classes)
+
+
+def empty(arch: str, num_classes: int) -> ResNet:
+    """The network with memory but no values, to be filled from a file: skips minutes of drawing for the largest."""
+    model = outline(arch, num_classes)
+    return model.to_empty(device="cpu")
+
+
 def num_parameters(arch: str, num_classes: int) -> int:
     """Number of parameters, head included; computed from the table without allocating the network."""
-    import torch
+    return sum(parameter.numel() for parameter in outline(arch, num_classes).parameters())
 
-    with torch.device("meta"):
-        return sum(p.numel() for p in create(arch, num_classes).parameters())
+
+def gmac(arch: str, side: int, num_classes: int = 1000) -> float:
+    """Multiply-accumulates of one picture of side × side pixels, in 10⁹: every convolution and the head."""
+    model, total = outline(arch, num_classes), 0
+
+    def count(layer: torch.nn.Module, _: object, output: torch.Tensor) -> None:
+        nonlocal total
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        places = output.shape[2] * output.shape[3] if isinstance(layer, nn.Conv2d) else 1
+        total += layer.weight.numel() * places
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        model(torch.empty(1, 3, side, side, device="meta"))
+    return total / 1e9

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.models import npz, zoo
+from training.models import layouts, npz, zoo
 from training.models.npz import WeightsError
 from training.models.resnet import ResNet
 
@@ -48,7 +48,7 @@ def test_keys_and_shapes_are_the_published_ones(saved: Path) -> None:
 def test_the_number_of_arrays_is_the_published_one(arch: str, arrays: int) -> None:
     with torch.device("meta"):
         model = zoo.create(arch, 1000)
-    assert len(list(npz.layout(model))) == arrays
+    assert len(list(layouts.parameters(model))) == arrays
 
 
 def test_numbered_layers_and_the_other_dialect_are_read(saved: Path, tmp_path: Path) -> None:
@@ -59,20 +59,12 @@ def test_numbered_layers_and_the_other_dialect_are_read(saved: Path, tmp_path: P
         for n, (key, array) in enumerate(arrays.items())
     }
     np.savez(tmp_path / "numbered.npz", **numbered)
-    other = {}
-    for key, array in arrays.items():
-        key = key.removeprefix("resnet/").replace("root_block/standardized_conv2d", "root_block/conv_root")
-        key = key.replace("a/proj/standardized_conv2d", "conv_proj").replace("head/conv2d", "head")
-        for n, letter in enumerate("abc", 1):
-            key = key.replace(f"/{letter}/standardized_conv2d", f"/conv{n}").replace(f"/{letter}/group_norm", f"/gn{n}")
-        key = "norm-pre-head/" + key.removeprefix("group_norm/") if key.startswith("group_norm/") else key
-        key = key.replace("gamma", "scale").replace("beta", "bias")
-        if key == "head/kernel":
-            array = array[0, 0]
-        elif key.endswith(("scale", "bias")) and not key.startswith("head"):
-            array = array.reshape(1, 1, 1, -1)
-        other[key] = array
-    np.savez(tmp_path / "other.npz", **other)
+    npz.save(network(), tmp_path / "other.npz", "big_vision")
+    with np.load(tmp_path / "other.npz") as archive:
+        assert archive["block2/unit01/conv_proj/kernel"].shape == (1, 1, 128, 256)
+        assert archive["block1/unit01/gn2/scale"].shape == (1, 1, 1, 32)
+        assert {"root_block/conv_root/kernel", "norm-pre-head/bias", "head/kernel"} < set(archive.files)
+        assert archive["head/kernel"].shape == (1024, 5)
     for name in ("numbered.npz", "other.npz"):
         loaded = npz.load(zoo.create("R14x0.5", 5), tmp_path / name)
         assert all(torch.equal(a, b) for a, b in zip(network().parameters(), loaded.parameters(), strict=True)), name
@@ -85,15 +77,19 @@ def test_another_head_is_kept_when_asked(saved: Path) -> None:
 
 
 def test_misfits_are_named(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"head/conv2d/kernel is \(5, 1024\), the network wants \(9, 1024\)"):
+    with pytest.raises(WeightsError, match=r"head/conv2d/kernel is \(1, 1, 1024, 5\), expected \(1, 1, 1024, 9\)"):
         npz.load(zoo.create("R14x0.5", 9), saved)
-    with pytest.raises(WeightsError, match=r"root_block/standardized_conv2d/kernel is \(32, 3, 7, 7\)"):
+    with pytest.raises(WeightsError, match=r"has no .*block1/unit02.* The file is of arch R14x0.5"):
         npz.load(zoo.create("R50x1", 5), saved)
     with np.load(saved) as archive:
         arrays = {key: archive[key].copy() for key in archive.files}
     np.savez(tmp_path / "less.npz", **{key: arrays[key] for key in arrays if "block3" not in key})
     with pytest.raises(WeightsError, match="has no resnet/block3/unit01"):
         npz.load(zoo.create("R14x0.5", 5), tmp_path / "less.npz")
+    extra = arrays | {"resnet/block4/unit02/a/group_norm/gamma": np.ones(1024, np.float32)}
+    np.savez(tmp_path / "more.npz", **extra)  # a deeper network holds all of a shallower one
+    with pytest.raises(WeightsError, match="holds resnet/block4/unit02/a/group_norm/gamma, which the network does not"):
+        npz.load(zoo.create("R14x0.5", 5), tmp_path / "more.npz")
     arrays["resnet/group_norm/gamma"][0] = np.nan
     np.savez(tmp_path / "nan.npz", **arrays)
     with pytest.raises(WeightsError, match="group_norm/gamma holds NaN"):
@@ -103,6 +99,9 @@ def test_misfits_are_named(saved: Path, tmp_path: Path) -> None:
 def test_truncated_and_pickled_files_are_refused(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.npz").write_bytes(saved.read_bytes()[:100_000])
     np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "pickled.npz", **{"resnet/root_block/standardized_conv2d/kernel": np.array([{}], dtype=object)})
+    with pytest.raises(WeightsError, match="is pickled, which is never read"):
+        npz.load(zoo.create("R14x0.5", 5), tmp_path / "pickled.npz", head=False)
     for name in ("cut.npz", "pickled.npy"):
         with pytest.raises(WeightsError, match="not a BiT weights file"):
             npz.load(zoo.create("R14x0.5", 5), tmp_path / name)

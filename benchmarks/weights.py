@@ -1,0 +1,61 @@
+"""Loading R152x4 with 21,843 classes (4.4 GB): peak memory against the file's size, and seconds.
+
+    python -m benchmarks.weights [--arch R152x4]
+
+Writes a file of random weights to a temporary folder, loads it in a process of its own, and deletes it. The promise: at most 1.3
+times the file's size, above what the process held after its imports.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from training.models import layouts, npz, zoo
+
+CLASSES = 21_843
+LOAD = """
+import json, resource, sys, time
+from training.models import npz, zoo
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before, began = peak(), time.perf_counter()
+model = npz.load(zoo.empty(sys.argv[1], int(sys.argv[2])), sys.argv[3])
+print(json.dumps({"peak_bytes": peak() - before, "seconds": time.perf_counter() - began}))
+"""
+
+
+def arrays(arch: str) -> Iterator[tuple[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    for key, parameter in layouts.parameters(zoo.outline(arch, CLASSES)):
+        yield key, rng.standard_normal(layouts.shapes(key, parameter)["published"], np.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", default="R152x4", choices=list(zoo.ARCHS))
+    arch = parser.parse_args().arch
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "weights.npz")
+        began = time.perf_counter()
+        npz.write(path, arrays(arch))
+        size, written = path.stat().st_size, time.perf_counter() - began
+        command = [sys.executable, "-c", LOAD, arch, str(CLASSES), str(path)]
+        told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    result = {"arch": arch, "file_bytes": size, "write_seconds": round(written, 1), **told}
+    result |= {"ratio": round(told["peak_bytes"] / size, 3), "machine": platform.processor() or platform.machine()}
+    print(json.dumps(result, indent=1))
+    out = Path("benchmarks/results", f"weights-{arch}-{date.today()}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

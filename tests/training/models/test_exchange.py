@@ -1,0 +1,142 @@
+"""`bit weights`: what comes in goes out again, array by array, under the same keys."""
+
+import hashlib
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training.models.test_npz import network
+from training.models import exchange, layouts, npz, zoo
+from training.models.npz import WeightsError
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return list(a) == list(b) and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+@pytest.fixture(params=["published", "numbered", "big_vision"])
+def published(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / f"{request.param}.npz"
+    npz.save(network(), path, "big_vision" if request.param == "big_vision" else "published")
+    if request.param == "numbered":
+        numbered = {}
+        for n, (key, array) in enumerate(arrays(path).items()):
+            numbered[re.sub("standardized_conv2d", f"standardized_conv2d_{n}", key)] = array
+        np.savez(path, **numbered)
+    return path
+
+
+def test_import_then_export_gives_the_same_keys_and_arrays(published: Path, tmp_path: Path) -> None:
+    exchange.convert(published, tmp_path / "in.npz", "R14x0.5")
+    exchange.convert(tmp_path / "in.npz", tmp_path / "out.npz", "R14x0.5")
+    assert same(arrays(published), arrays(tmp_path / "out.npz"))
+
+
+def test_a_chosen_layout_is_what_the_network_would_write(published: Path, tmp_path: Path) -> None:
+    for layout in ("published", "big_vision"):
+        exchange.convert(published, tmp_path / "chosen.npz", "R14x0.5", layout)  # type: ignore[arg-type]
+        npz.save(network(), tmp_path / "written.npz", layout)  # type: ignore[arg-type]
+        assert (tmp_path / "chosen.npz").read_bytes() == (tmp_path / "written.npz").read_bytes()
+
+
+def test_the_head_is_kept_dropped_or_replaced(published: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.npz"
+    exchange.convert(published, out, "R14x0.5", head="drop")
+    assert not any(layouts.canonical(key) in layouts.HEAD for key in arrays(out))
+    assert not npz.load(zoo.create("R14x0.5", 3), out, head=False).head.weight.any()
+    with pytest.raises(WeightsError, match="its head was dropped"):
+        npz.num_classes(out)
+    exchange.convert(published, out, "R14x0.5", head="replace", num_classes=9)
+    loaded = npz.load(zoo.create("R14x0.5", 9), out)
+    assert not loaded.head.weight.any()
+    assert torch.equal(loaded.stem.weight, network().stem.weight)
+    with pytest.raises(WeightsError, match="needs its number of classes"):
+        exchange.convert(published, out, "R14x0.5", head="replace")
+
+
+def test_timms_state_dict_comes_in_and_goes_out(published: Path, tmp_path: Path) -> None:
+    exchange.convert(published, tmp_path / "timm.pth", "R14x0.5")
+    exchange.convert(tmp_path / "timm.pth", tmp_path / "back.npz", "R14x0.5", "published")
+    npz.save(network(), tmp_path / "expected.npz")
+    assert same(arrays(tmp_path / "back.npz"), arrays(tmp_path / "expected.npz"))
+    (tmp_path / "bad.pth").write_bytes(b"no archive")
+    with pytest.raises(WeightsError, match="is not a state dict"):
+        exchange.convert(tmp_path / "bad.pth", tmp_path / "out.npz", "R14x0.5")
+
+
+def test_a_file_of_another_arch_is_refused_with_its_own(published: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"The file is of arch R14x0\.5"):
+        exchange.convert(published, tmp_path / "out.npz", "R50x1")
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+        thread.join()
+
+
+def test_the_command_fetches_over_http_and_prints_or_checks_the_sha256(server: str, tmp_path: Path) -> None:
+    npz.save(network(), tmp_path / "w.npz")
+    digest = hashlib.sha256((tmp_path / "w.npz").read_bytes()).hexdigest()
+    command = [sys.executable, "-m", "training", "weights", "import", f"{server}/w.npz", "--arch", "R14x0.5"]
+    command += ["--out", str(tmp_path / "new" / "out.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, digest in done.stdout) == (0, True), done.stderr
+    assert same(arrays(tmp_path / "w.npz"), arrays(tmp_path / "new" / "out.npz"))
+    done = subprocess.run([*command, "--sha256", "0" * 64], capture_output=True, text=True, check=False)
+    assert (done.returncode, digest in done.stderr) == (2, True)
+    for source in (f"{server}/none.npz", str(tmp_path / "none.npz"), "nosuch://a/b.npz"):
+        with pytest.raises(WeightsError, match="cannot be fetched"):
+            exchange.fetch(source, tmp_path / "f.npz")
+
+
+# (21,843 classes, 1,000 classes, body), (GMAC at 128, 224, 480): counted from the authors' files and timm's networks.
+PUBLISHED = {
+    "R50x1": ((68_256_659, 25_549_352, 23_500_352), (1.33, 4.09, 18.8)),
+    "R101x1": ((87_248_787, 44_541_480, 42_492_480), (2.55, 7.8, 35.8)),
+    "R50x3": ((345_399_315, 217_319_080, 211_174_080), (11.8, 36.1, 166)),
+    "R101x3": ((516_015_123, 387_934_888, 381_789_888), None),
+    "R152x2": ((321_728_979, 236_335_208, 232_238_208), (15, 45.8, 210)),
+    "R152x4": ((1_107_299_923, 936_533_224, 928_340_224), (59.7, 183, 839)),
+}
+
+
+@pytest.mark.parametrize("arch", PUBLISHED)
+def test_counts_of_the_zoo_are_the_published_ones(arch: str) -> None:
+    (many, thousand, body), costs = PUBLISHED[arch]
+    assert zoo.num_parameters(arch, 21_843) == many
+    assert zoo.num_parameters(arch, 1_000) == thousand
+    model = zoo.outline(arch, 1)
+    assert sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head")) == body
+    for side, cost in zip((128, 224, 480), costs or (), strict=False):
+        assert zoo.gmac(arch, side) == pytest.approx(cost, rel=0.01)
+
+
+def test_an_empty_network_is_filled_like_a_fresh_one(tmp_path: Path) -> None:
+    npz.save(network(), tmp_path / "w.npz")
+    model = npz.load(zoo.empty("R14x0.5", 5), tmp_path / "w.npz")
+    assert all(torch.equal(a, b) for a, b in zip(network().parameters(), model.parameters(), strict=True))
+    assert model.stem.weight.is_contiguous(memory_format=torch.channels_last)
