@@ -37,7 +37,7 @@ class AreaDraw:
 def draw(rng: np.random.Generator, count: int) -> AreaDraw:
     """Draws for `count` pictures; which box they mean depends on each picture's size alone."""
     size = (count, TRIES)
-    share, log_ratio = rng.uniform(*SHARES, size), rng.uniform(*np.log(RATIOS), size)
+    share, log_ratio = rng.uniform(*SHARES, size), rng.uniform(np.log(RATIOS[0]), np.log(RATIOS[1]), size)
     return AreaDraw(share, log_ratio, rng.random(size), rng.random(size))
 
 
