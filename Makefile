@@ -6,7 +6,7 @@ MLFLOW_PORT ?= 5000
 TORCH ?= torch==2.13.0
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo serve test test-load lint bench clean
+.PHONY: setup demo serve test test-load lint bench bench-serving bench-swaps clean
 
 setup: .venv/.stamp
 
@@ -39,6 +39,19 @@ test: lint
 # The service under load: needs both cores for itself.
 test-load: .venv/.stamp-dev
 	pytest -m heavy tests/services
+
+# The service beside other servers, each in an environment of its own (10 minutes; needs the machine for itself).
+bench-serving: .venv/.stamp-dev .peers/litserve/.stamp .peers/mlserver/.stamp
+	python -m benchmarks.serving --peers
+
+.peers/%/.stamp: constraints.txt
+	$(PYTHON) -m venv .peers/$*
+	.peers/$*/bin/pip install --quiet -c constraints.txt $* numpy onnxruntime opencv-python-headless simplejpeg
+	touch $@
+
+# A thousand swaps under load (5 minutes).
+bench-swaps: .venv/.stamp-dev
+	python -m benchmarks.swaps
 
 bench: setup
 	python -m benchmarks.training_step

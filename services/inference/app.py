@@ -39,6 +39,7 @@ from services.inference.pages import pages
 from services.inference.registry import FolderRegistry, MLflowRegistry, RegistryDown
 from services.inference.scheduler import Scheduler, Work
 from services.inference.settings import Settings
+from services.inference.tally import Tally
 from services.inference.tenants import Tenants
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -49,7 +50,6 @@ log = logging.getLogger("bit.serve")
 JSON = (b"content-type", b"application/json")
 BINARY = (b"content-type", b"application/octet-stream")
 LONG_BODY, LONG_ANSWER = 256 * 1024, 4 * 1024  # bytes above which parsing leaves the event loop, and compressing pays
-STAGES = {"queue": "queue", "decode": "compute_input", "infer": "compute_infer"}  # our name → Triton's
 
 
 class App:
@@ -68,8 +68,8 @@ class App:
         self.follower = Follower(registry, self.models, self.metrics, *given)
         self.draining = asyncio.Event()
         self.pages = pages(self.models, self.follower, self.metrics, self.tenants, settings, self.draining)
-        self.access: AccessLog | None = None
         self.scheduler: Scheduler
+        self.tally: Tally
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -85,7 +85,8 @@ class App:
         self.scheduler = Scheduler(
             given.workers, given.max_batch, given.max_batch_ms, given.max_queue_ms, given.max_pixels, self.metrics
         )
-        self.access = AccessLog() if given.access_log else None
+        access = AccessLog() if given.access_log else None
+        self.tally = Tally(self.metrics, access)
         self.follower.start()
         watch = asyncio.create_task(self._watch_tenants())
         await send({"type": "lifespan.startup.complete"})
@@ -93,8 +94,8 @@ class App:
         watch.cancel()
         await asyncio.to_thread(self.follower.stop)
         await asyncio.to_thread(self.scheduler.close)
-        if self.access:
-            self.access.close()
+        if access:
+            access.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _watch_tenants(self) -> None:
@@ -127,7 +128,7 @@ class App:
         if self.draining.is_set():
             extra.append(bodies.CLOSE)
         extra += [(b"content-length", b"%d" % len(data)), (b"x-request-id", exchange.request_id.encode("latin-1"))]
-        self._count(exchange, status, len(data))
+        self.tally.count(exchange, status, len(data))
         await send({"type": "http.response.start", "status": status, "headers": extra})
         await send({"type": "http.response.body", "body": data})
 
@@ -243,34 +244,6 @@ class App:
         work = Work(exchange.version, data, outputs, exchange.deadline, answer, exchange.quota.weight)
         exchange.timings = work.timings
         return await self.scheduler.submit(work)
-
-    def _count(self, exchange: Exchange, status: int, size_bytes: int) -> None:
-        took, served = time.monotonic() - exchange.began, exchange.served
-        tenant, number = (served.tenant, served.version) if served else ("", "")
-        self.metrics.requests.labels(tenant, number, str(status)).inc()
-        if served is not None:
-            served.stats.last = time.time()
-            served.stats.add("success" if status == 200 else "fail", took)
-            for stage, seconds in exchange.timings.items():
-                served.stats.add(STAGES[stage], seconds)
-                self.metrics.stage.labels(tenant, number, stage).observe(seconds)
-            if status == 200:
-                self.metrics.latency.labels(tenant, number).observe(took)
-        if self.access:
-            self.access.add(
-                time=time.time(),
-                request_id=exchange.request_id,
-                trace_id=exchange.trace_id(),
-                method=exchange.scope["method"],
-                path=exchange.scope["path"],
-                tenant=tenant,
-                version=number,
-                alias=exchange.alias,
-                status=status,
-                bytes=size_bytes,
-                ms=round(took * 1000, 2),
-                **{f"{stage}_ms": round(seconds * 1000, 2) for stage, seconds in exchange.timings.items()},
-            )
 
 
 def main() -> None:

@@ -24,17 +24,23 @@ def protocol(header_timeout_s: float) -> type[HttpToolsProtocol]:
 
     class Protocol(HttpToolsProtocol):
         deadline: asyncio.TimerHandle | None = None
+        in_header = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._expect_header()
 
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            if self.deadline is None:
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.in_header and self.deadline is None:  # most headers come whole and need no timer
                 self._expect_header()
 
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self.in_header = True
+
         def on_headers_complete(self) -> None:
+            self.in_header = False
             self._header_came()
             super().on_headers_complete()
 

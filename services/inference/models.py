@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from services.inference.aliases import ALIASES, CHAMPION, Wanted
 from services.inference.engine import Session
@@ -43,6 +44,7 @@ class Served:
     used: float = field(default_factory=time.monotonic)
     replaced: float | None = None  # when its last alias left it
     stats: Stats = field(default_factory=Stats)
+    series: Any = None  # its metrics, held by tally.py
 
 
 class Cold(Exception):

@@ -233,11 +233,9 @@ def describe(served: Served, aliases: list[str]) -> dict[str, Any]:
 def classification(served: Served, probabilities: NDArray[np.float32], top: int) -> dict[str, Any]:
     """One picture's answer: the `top` classes by probability; unknown where the best stays below the threshold."""
     card = served.session.card
-    order = np.argsort(-probabilities, kind="stable")[:top]
-    best = float(probabilities[order[0]])
+    values = probabilities.tolist()
+    order = sorted(range(len(values)), key=values.__getitem__, reverse=True)[:top]
     return {
-        "predictions": [
-            {"class": card.classes[i], "index": int(i), "probability": round(float(probabilities[i]), 6)} for i in order
-        ],
-        "unknown": card.threshold is not None and best < card.threshold,
+        "predictions": [{"class": card.classes[i], "index": i, "probability": round(values[i], 6)} for i in order],
+        "unknown": card.threshold is not None and values[order[0]] < card.threshold,
     }

@@ -214,6 +214,7 @@ class Scheduler:
                 self._fail(work, error)
             return
         took, start = time.monotonic() - began, 0
+        answered = []
         for work in batch:
             work.timings["infer"] = took
             rows = [
@@ -221,15 +222,17 @@ class Scheduler:
                 for name, r in zip(first.outputs, results, strict=True)
             ]
             start += len(work)
-            self._loop.call_soon_threadsafe(_resolve, work.answer, rows)
+            answered.append((work.answer, rows))
+        self._loop.call_soon_threadsafe(_resolve, answered)  # once a batch: each call wakes the loop
 
     def _fail(self, work: Work, error: Exception) -> None:
         self._loop.call_soon_threadsafe(_reject, work.answer, error)
 
 
-def _resolve(answer: "asyncio.Future[list[NDArray[np.float32]]]", rows: list[NDArray[np.float32]]) -> None:
-    if not answer.done():
-        answer.set_result(rows)
+def _resolve(answered: list[tuple["asyncio.Future[list[NDArray[np.float32]]]", list[NDArray[np.float32]]]]) -> None:
+    for answer, rows in answered:
+        if not answer.done():
+            answer.set_result(rows)
 
 
 def _reject(answer: "asyncio.Future[list[NDArray[np.float32]]]", error: Exception) -> None:

@@ -211,3 +211,19 @@ def test_the_cache_is_whole_whenever_the_process_dies(tmp_path: Path) -> None:
             json.loads(cache.index.read_text())
     writer.join()
     assert Cache(tmp_path).sha256_of(Wanted("a", "champion", "199")) == f"{199:064}"
+
+
+def test_three_hundred_small_tenants_live_on_one_instance(tmp_path: Path) -> None:
+    """Each answers for itself, and the process stays small: a head's worth of memory per tenant."""
+    store, count = Folder(tmp_path), 300
+    for number in range(count):
+        store.publish(f"t{number:03}", export(classes=[f"dark-{number}", f"bright-{number}"]))
+    with bit_serve(store, tmp_path) as service:
+        told = service.http.get("/v1/tenants").json()["served"]
+        assert len(told) == count
+        assert all(one["in_memory"] for one in told)
+        for number in range(0, count, 7):
+            best = service.classify(f"t{number:03}", gray_png(250)).json()["predictions"][0]["class"]
+            assert best == f"bright-{number}"
+        resident_mb = int(Path(f"/proc/{service.process.pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+        assert resident_mb < 400

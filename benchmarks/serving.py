@@ -1,0 +1,192 @@
+"""Speed of the service as a share of what the machine can do without any HTTP, all features on: keys, quotas, log, metrics.
+
+    make bench-serving            LitServe, MLServer and `mlflow models serve` beside it, each in an environment of its own
+    python -m benchmarks.serving  the service alone
+
+A real process, a body of 40 kB of JPEG, a network of half a GFLOP (this project's own, R14x0.5 at 176 pixels) and a trivial one
+that takes 224 pixels and averages them. In every round each server is measured between two measurements of the limit
+(benchmarks/limit.py), so that a machine that slows down slows both; a figure is the median over the rounds. The load's
+generator takes its share of the same cores.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import torch
+import uvloop
+
+from benchmarks import load, machine
+from benchmarks.peers import PEERS, Peer
+from tests.services.running import Folder, bit_serve, wait_for
+from tests.services.test_tenants import make_key
+from training.demo.walk import free_port
+from training.models import graph, zoo
+from training.serve import process
+
+CONNECTIONS = (1, 8, 32, 64)
+BODY_BYTES = 40_000
+ARCH, SIDE = "R14x0.5", 176  # 0.49 GFLOP
+GOALS = {("half a GFLOP", 8): 0.88, ("half a GFLOP", 32): 0.93, ("half a GFLOP", 64): 0.93, ("trivial", 32): 0.85}
+Figures = dict[str, Any]
+
+
+def half_a_gflop() -> bytes:
+    torch.manual_seed(0)
+    model = zoo.create(ARCH, 10).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.01)
+    return described(graph.build(model, SIDE, multi_label=False), SIDE)
+
+
+def trivial() -> bytes:
+    """224 pixels a side, the mean colour, a head of ten classes."""
+    side = 224
+    nodes = [
+        onnx.helper.make_node("Cast", ["pixels"], ["float"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("ReduceMean", ["float"], ["features"], axes=[1, 2], keepdims=0),
+        onnx.helper.make_node("MatMul", ["features", "head"], ["logits"]),
+        onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+    ]
+    into = onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, ["N", side, side, 3])
+    out = onnx.helper.make_tensor_value_info("probabilities", onnx.TensorProto.FLOAT, ["N", 10])
+    head = onnx.numpy_helper.from_array(np.full((3, 10), 0.01, np.float32), "head")
+    made = onnx.helper.make_graph(nodes, "trivial", [into], [out], [head])
+    return described(onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), side)
+
+
+def described(proto: onnx.ModelProto, side: int) -> bytes:
+    """With the metadata that make an export of it."""
+    told = {
+        "format": 1,
+        "classes": [str(n) for n in range(10)],
+        "multi_label": False,
+        "resolution": side,
+        "resize": "squash",
+    }
+    told |= {"threshold": None, "hyperrule": {}, "metrics": {}, "lineage": {"arch": ARCH}, "golden": []}
+    graph.set_metadata(proto, told)
+    return proto.SerializeToString()
+
+
+def picture() -> bytes:
+    """A JPEG of 500 × 375 pixels and about 40 kB: coarse noise, as much detail as fits."""
+    coarse = np.random.default_rng(0).integers(0, 256, (94, 125, 3), dtype=np.uint8)
+    image = cv2.resize(coarse, (500, 375), interpolation=cv2.INTER_CUBIC)
+    encoded = [cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, q])[1].tobytes() for q in range(20, 96, 3)]
+    return min(encoded, key=lambda data: abs(len(data) - BODY_BYTES))
+
+
+@contextmanager
+def ours(folder: Path, data: bytes, body: bytes) -> Iterator[tuple[str, bytes, Figures]]:
+    """bit-serve with keys and quotas; yields its address, a request, and what its start cost."""
+    file, store = folder / "tenants.json", Folder(folder)
+    key = make_key(file, "bench")
+    quotas = json.loads(file.read_text())
+    quotas["bench"] |= {"requests_per_s": 1e6, "bytes_per_s": 1e12, "concurrent": 10_000}
+    file.write_text(json.dumps(quotas))
+    store.publish("bench", data)
+    began = time.perf_counter()
+    with bit_serve(store, folder, "--tenants", str(file)) as service:
+        ready_s = time.perf_counter() - began
+        request = load.request("/v1/bench/classify", body, {"authorization": f"Bearer {key}"})
+        memory = private_mb(service.process.pid)
+        yield service.url, request, {"ready_s": round(ready_s, 2), "memory_mb": memory}
+
+
+@contextmanager
+def theirs(peer: Peer, folder: Path, data: bytes, body: bytes) -> Iterator[tuple[str, bytes, Figures]]:
+    (folder / "model.onnx").write_bytes(data)
+    port = free_port()
+    command = peer.command(peer.python, folder, port)
+    paths = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    began = time.perf_counter()
+    with process(command[0], command, folder / "server.log", paths):
+        wait_for(f"http://127.0.0.1:{port}{peer.ready}", 120, folder / "server.log")
+        request = load.request(peer.path, peer.body(body), {"content-type": peer.media})
+        yield f"http://127.0.0.1:{port}", request, {"ready_s": round(time.perf_counter() - began, 2)}
+
+
+def limit(export_file: Path, picture_file: Path, seconds: float) -> Figures:
+    command = [sys.executable, "-m", "benchmarks.limit", str(export_file), str(picture_file), str(seconds)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def private_mb(pid: int) -> int:
+    """Memory that ends with the process: what several share (libraries) counts once per machine, not here."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return round(sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024)
+
+
+def measure(server: Any, files: tuple[Path, Path], rounds: int, seconds: float) -> Figures:
+    """Ratios to the limit by number of connections, and the extra milliseconds of one connection."""
+    url, request, figures = server
+    ratios: dict[int, list[float]] = {number: [] for number in CONNECTIONS}
+    extra_ms = []
+    before = limit(*files, seconds)
+    for _ in range(rounds):
+        for number in CONNECTIONS:
+            result = uvloop.run(load.closed(url, request, number, seconds))
+            assert set(result.statuses) == {200}, f"answers by status: {result.statuses}"
+            after = limit(*files, seconds)
+            ratios[number].append(result.rate * 2 / (before["rate"] + after["rate"]))
+            if number == 1:
+                extra_ms.append(result.percentile_ms(50) - (before["p50_ms"] + after["p50_ms"]) / 2)
+            before = after
+    medians = {str(number): round(statistics.median(values), 3) for number, values in ratios.items()}
+    return figures | {
+        "ratios": medians,
+        "extra_ms": round(statistics.median(extra_ms), 2),
+        "limit_per_s": round(before["rate"]),
+    }
+
+
+def import_s() -> float:
+    """Of a fresh interpreter, the least of five."""
+    code = "import time; t = time.perf_counter(); import services.inference.app; print(time.perf_counter() - t)"
+    return min(
+        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout) for _ in range(5)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2)
+    arguments = parser.parse_args()
+    described, figures = machine.describe("onnxruntime", "uvicorn", "numpy"), {"import_s": round(import_s(), 3)}
+    print(f"import of the service: {figures['import_s']} s")
+    body = picture()
+    for network, data in {"half a GFLOP": half_a_gflop(), "trivial": trivial()}.items():
+        servers = ["bit-serve", *(PEERS if arguments.peers else ())]
+        for name in servers:
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary)
+                files = folder / "limit.bin", folder / "picture.jpg"
+                files[0].write_bytes(data)
+                files[1].write_bytes(body)
+                running = ours(folder, data, body) if name == "bit-serve" else theirs(PEERS[name], folder, data, body)
+                with running as server:
+                    told = measure(server, files, arguments.rounds, arguments.seconds)
+            figures[f"{network}: {name}"] = told
+            print(f"{network:>12}  {name:20} {json.dumps(told)}", flush=True)
+            for (where, number), goal in GOALS.items():
+                if name == "bit-serve" and where == network and told["ratios"][str(number)] < goal:
+                    print(f"{'':14}below the goal of {goal} at {number} connections")
+    machine.write("serving", described | {"body_bytes": len(body)}, figures)
+
+
+if __name__ == "__main__":
+    main()
