@@ -25,7 +25,17 @@ from services.inference.tenants import ANYBODY, Tenants
 
 STATIC = Path(__file__).with_name("static")
 TYPES = {"playground.css": "text/css", "playground.js": "text/javascript"}
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+GUARDED = {
+    "content-security-policy": POLICY,
+    "permissions-policy": "camera=(self), microphone=(), geolocation=()",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-cache",
+}
 EXTENSIONS = ["binary_tensor_data", "classification", "model_repository", "model_configuration", "statistics"]
 
 
@@ -45,14 +55,13 @@ class Pages:
         self.tenants, self.settings, self.draining = tenants, settings, draining
 
     async def playground(self, request: Request) -> Response:
-        headers = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
-        return FileResponse(STATIC / "playground.html", media_type="text/html", headers=headers)
+        return FileResponse(STATIC / "playground.html", media_type="text/html", headers=GUARDED)
 
     async def static(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name not in TYPES:
             raise HTTPException(404, f"no file {name!r}")
-        return FileResponse(STATIC / name, media_type=TYPES[name], headers={"cache-control": "no-cache"})
+        return FileResponse(STATIC / name, media_type=TYPES[name], headers=GUARDED)
 
     async def description(self, request: Request) -> Response:
         return JSONResponse(openapi.document(version("bit-mlops")))

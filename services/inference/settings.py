@@ -11,7 +11,7 @@ MiB = 2**20
 
 
 class Settings(BaseSettings):
-    """Serve every tenant's promoted model over HTTP."""
+    """Serve every tenant's promoted model over HTTP. Each flag is also a variable, as in BIT_SERVE_POLL_INTERVAL_S=1."""
 
     model_config = SettingsConfigDict(env_prefix="BIT_SERVE_", frozen=True, extra="forbid", cli_prog_name="bit-serve")
 
