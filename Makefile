@@ -6,7 +6,7 @@ MLFLOW_PORT ?= 5000
 TORCH ?= torch==2.13.0
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo serve test test-load lint bench bench-serving bench-swaps clean
+.PHONY: setup demo serve test test-load lint bench bench-serving bench-swaps clean test-images lock
 
 setup: .venv/.stamp
 
@@ -52,6 +52,14 @@ bench-serving: .venv/.stamp-dev .peers/litserve/.stamp .peers/mlserver/.stamp
 # A thousand swaps under load (5 minutes).
 bench-swaps: .venv/.stamp-dev
 	python -m benchmarks.swaps
+
+# Builds inference and training-cpu and starts them: as root, with buildah, debootstrap and runc.
+test-images: .venv/.stamp-dev
+	pytest -m heavy tests/images
+
+# Locks the packages of the images anew.
+lock:
+	docker/lock
 
 bench: setup
 	python -m benchmarks.training_step
