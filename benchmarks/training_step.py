@@ -1,14 +1,15 @@
-"""Speed of one training step of R50x1: ours beside the plain form and beside the BatchNorm twin, in one run.
+"""Speed of one training step of R50x1: ours, fused and eager, beside the plain form, timm's and the BatchNorm twin, in one run.
 
     make bench          (2 minutes on 2 cores; python -m benchmarks.training_step --help)
 
 plain: standardisation by var_mean, NCHW, as in the authors' PyTorch code. twin: the same convolutions with BatchNorm and no
-standardisation, channels_last: what GroupNorm and standardisation cost is the distance to it. Steps of all three are timed in
-turn, so that a machine that slows down slows them all; the ratios are medians over the rounds.
+standardisation, channels_last: what GroupNorm and standardisation cost is the distance to it. timm: its resnetv2_50x1_bit, where
+timm is installed, eager (on a GPU compiled too). fused: ours with `fused: true`. Steps of all are timed in turn, so that a machine that slows down slows them all; the ratios are medians over the rounds.
 """
 
 import argparse
 import json
+import importlib.util
 import platform
 import statistics
 import time
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.models import zoo
+from training.models import fused, zoo
 from training.models.resnet import GroupNormReLU, StdConv2d
 
 RESULTS = Path(__file__).with_name("results")
@@ -37,9 +38,23 @@ class BatchNormReLU(nn.BatchNorm2d):
         return F.relu(super().forward(x), inplace=True)
 
 
-def variants(arch: str) -> dict[str, tuple[nn.Module, torch.memory_format]]:
+def timm_network(arch: str) -> nn.Module | None:
+    """timm's own form of an architecture; None where timm is not installed or lacks it."""
+    if importlib.util.find_spec("timm") is None:
+        return None
+    library = torch.library.Library("torchvision", "FRAGMENT")  # timm asks for it when torchvision cannot be imported
+    if not hasattr(torch.ops.torchvision, "nms"):
+        library.define("nms(Tensor dets, Tensor scores, float threshold) -> Tensor")
+    import timm
+
+    name = f"resnetv2_{arch.removeprefix('R')}_bit"
+    return timm.create_model(name, num_classes=1_000) if name in timm.list_models() else None
+
+
+def variants(arch: str, device: torch.device) -> dict[str, tuple[nn.Module, torch.memory_format]]:
     """name → (network with 1,000 classes, memory format of its pictures)."""
-    ours, plain, twin = (zoo.create(arch, 1_000) for _ in range(3))
+    ours, quick, plain, twin = (zoo.create(arch, 1_000) for _ in range(4))
+    fused.fuse(quick, device)
     plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for module in plain.modules():
         if isinstance(module, StdConv2d):
@@ -50,18 +65,26 @@ def variants(arch: str) -> dict[str, tuple[nn.Module, torch.memory_format]]:
         for name, child in list(module.named_children()):
             if isinstance(child, GroupNormReLU):
                 setattr(module, name, BatchNormReLU(child.num_channels))
-    return {
+    chosen: dict[str, tuple[nn.Module, torch.memory_format]] = {
         "ours": (ours, torch.channels_last),
+        "fused": (quick, torch.channels_last),
         "plain": (plain, torch.contiguous_format),
         "twin": (twin, torch.channels_last),
     }
+    if (peer := timm_network(arch)) is not None:
+        chosen["timm"] = (peer, torch.contiguous_format)
+        if device.type == "cuda":
+            compiled = timm_network(arch)
+            chosen["timm compiled"] = (torch.compile(compiled), torch.contiguous_format)  # type: ignore[assignment]
+    return {name: (network.to(device), layout) for name, (network, layout) in chosen.items()}
 
 
-def measure(arch: str, batch: int, side: int, rounds: int, bf16: bool) -> dict[str, float]:
-    """Median seconds of a step for each variant."""
+def measure(arch: str, batch: int, side: int, rounds: int, bf16: bool, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every step for each variant, round by round."""
     torch.manual_seed(0)
-    networks = variants(arch)
-    images, labels = torch.randn(batch, 3, side, side), torch.randint(0, 1_000, (batch,))
+    networks = variants(arch, device)
+    images = torch.randn(batch, 3, side, side, device=device)
+    labels = torch.randint(0, 1_000, (batch,), device=device)
     optimizers = {
         name: torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, fused=True)
         for name, (network, _) in networks.items()
@@ -71,14 +94,37 @@ def measure(arch: str, batch: int, side: int, rounds: int, bf16: bool) -> dict[s
         for name, (network, memory_format) in networks.items():
             pictures = images.contiguous(memory_format=memory_format)
             began = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = network(pictures)
             F.cross_entropy(logits.float(), labels).backward()
             optimizers[name].step()
             optimizers[name].zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             if number:  # the first round warms up
                 took[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in took.items()}
+    return took
+
+
+def ratio(took: dict[str, list[float]], slow: str, quick: str) -> float:
+    """How many times quicker one variant is than another: the median over the rounds."""
+    return round(statistics.median(a / b for a, b in zip(took[slow], took[quick], strict=True)), 3)
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Dense bf16 peak of the card by its maker's data sheet, None where the table lacks it."""
+    if device.type != "cuda":
+        return None
+    peaks = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 3090": 71.0}
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in peaks.items() if part in name), None)
+
+
+def processor() -> str:
+    """The processor's name as Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:
@@ -87,24 +133,33 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu", type=torch.device, help="cpu or cuda")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
-    figures = {}
+    device, figures = arguments.device, {}
+    peak = peak_tflops(device)
     for precision in ("fp32", "bf16"):
-        seconds = measure(arguments.arch, arguments.batch, arguments.side, arguments.rounds, precision == "bf16")
-        figures[precision] = {
-            "pictures_per_s": round(arguments.batch / seconds["ours"], 2),
-            "times_plain": round(seconds["plain"] / seconds["ours"], 3),
-            "share_of_twin": round(seconds["twin"] / seconds["ours"], 3),
-        }
-        print(f"{arguments.arch} {precision}: {figures[precision]}", flush=True)
+        took = measure(arguments.arch, arguments.batch, arguments.side, arguments.rounds, precision == "bf16", device)
+        figures[precision] = {}
+        for name, seconds in took.items():
+            speed = arguments.batch / statistics.median(seconds)
+            figures[precision][name] = {
+                "pictures_per_s": round(speed, 2),
+                "times_plain": ratio(took, "plain", name),
+                "share_of_twin": ratio(took, "twin", name),
+            }
+            if peak and precision == "bf16":  # forward and backward: three times the forward's two operations a MAC
+                macs = zoo.macs(arguments.arch, arguments.side)
+                figures[precision][name]["flop_utilisation"] = round(6 * macs * speed / (peak * 1e12), 3)
+            print(f"{arguments.arch} {precision} {name}: {figures[precision][name]}", flush=True)
     machine = {
-        "processor": platform.processor() or platform.machine(),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"training_step-{datetime.now(UTC):%Y-%m-%d}.json"
-    path.write_text(json.dumps({"arguments": vars(arguments), "machine": machine, "figures": figures}, indent=2) + "\n")
+    arguments.out.mkdir(exist_ok=True)
+    path = arguments.out / f"training_step-{device.type}-{datetime.now(UTC):%Y-%m-%d}.json"
+    path.write_text(json.dumps({"arguments": {key: str(value) for key, value in vars(arguments).items()}, "machine": machine, "figures": figures}, indent=2) + "\n")
     print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 
