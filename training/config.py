@@ -50,9 +50,11 @@ class PackConfig(Section):
 class Optimisation(Section):
     """What upstream and downstream training share beside their schedules."""
 
-    micro_batch: Positive | None = Field(
-        None, description="examples per forward/backward and rank; default: all at once"
+    micro_batch: Positive | Literal["auto"] | None = Field(
+        None, description="examples per forward/backward and rank; default: all at once; auto: what memory allows"
     )
+    activation_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
+    fused: bool = Field(False, description="GroupNorm and ReLU as one operation: faster, other rounding")
     flips: bool = Field(True, description="random horizontal flips; false where orientation carries the label")
     crops: bool = Field(True, description="random crops; false where the place in the picture carries the label")
     precision: Precision = Field("fp32", description="bf16 runs the network under autocast; weights stay fp32")

@@ -15,7 +15,7 @@ import torch
 from training import plots, receipt, tracking
 from training.config import Config, FinetuneConfig
 from training.data.shards import Dataset
-from training.engine import distributed
+from training.engine import distributed, memory
 from training.engine.fit import History, View, fit
 from training.engine.loop import Recipe
 from training.hyperrule import HyperRule
@@ -50,10 +50,11 @@ def main(config: Config, tenant: str) -> None:
             model = zoo.create(arch, data.num_classes)
             if start == TRANSFER:
                 npz.load(model, receipt.local(weights), head=False)
+            fitted = memory.prepare(model, recipe, config.finetune, rule.crop, world)
             began = time.perf_counter()
             histories[start] = fit(
                 model,
-                recipe,
+                fitted,
                 data,
                 view,
                 world,
@@ -115,7 +116,7 @@ def recipe_for(stage: FinetuneConfig, rule: HyperRule, multi_label: bool) -> Rec
     return Recipe(
         steps=rule.steps,
         global_batch=rule.batch_size,
-        micro_batch=stage.micro_batch,
+        micro_batch=None if stage.micro_batch == "auto" else stage.micro_batch,
         lr=rule.lr,
         weight_decay=rule.weight_decay,
         mixup_alpha=rule.mixup_alpha,

@@ -13,7 +13,7 @@ import torch
 from training import plots, receipt, recipes, tracking
 from training.config import Config, PretrainConfig
 from training.data.shards import Dataset
-from training.engine import distributed
+from training.engine import distributed, memory
 from training.engine.fit import View, fit
 from training.engine.loop import Recipe
 from training.models import exchange, npz, zoo
@@ -49,6 +49,7 @@ def _train(config: Config, weights: Path) -> None:
         tracking.start(config.tracking_uri, STAGE, None, params, inputs, active=world.is_main) as run,
     ):
         fingerprint = receipt.hash_of(stage, config.upstream, data.fingerprint)
+        recipe = memory.prepare(model, recipe, stage, view.crop, world)
         history = fit(model, recipe, data, view, world, name="upstream", fingerprint=fingerprint, record=run.metrics)
         if world.is_main:
             npz.save(model, weights)
@@ -64,7 +65,7 @@ def planned(stage: PretrainConfig, num_examples: int, multi_label: bool) -> tupl
     recipe = Recipe(
         steps=plan.steps,
         global_batch=plan.global_batch,
-        micro_batch=stage.micro_batch,
+        micro_batch=None if stage.micro_batch == "auto" else stage.micro_batch,
         lr=lambda step: staircase(step, plan.lr, plan.supports),
         weight_decay=stage.weight_decay,
         mixup_alpha=stage.mixup_alpha,

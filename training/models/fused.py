@@ -37,14 +37,18 @@ def library() -> ctypes.CDLL | None:
         return None
     processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").is_file() else ""
     flags = [line for line in processor.splitlines() if line.startswith(("flags", "Features", "model name"))]
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *FLAGS, compiler, platform.machine(), *flags]).encode()).hexdigest()
+    key = hashlib.sha256(
+        "\n".join([SOURCE.read_text(), *FLAGS, compiler, platform.machine(), *flags]).encode()
+    ).hexdigest()
     cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bit", f"fused-{key[:16]}.so")
     if not cached.is_file():
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
                 built = Path(folder, cached.name)
-                subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(built)], check=True, capture_output=True, text=True)
+                subprocess.run(
+                    [compiler, *FLAGS, str(SOURCE), "-o", str(built)], check=True, capture_output=True, text=True
+                )
                 built.replace(cached)  # whole or not there: several ranks may build at once
         except (OSError, subprocess.CalledProcessError) as error:
             reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
@@ -92,7 +96,7 @@ def on_cpu(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float) -> T
     """`group_norm_relu` by the C++ library, which must be there; by the eager form for other types."""
     if x.dtype not in NAMES or gamma.dtype != torch.float32 or x.device.type != "cpu":
         return group_norm_relu(x, gamma, beta, groups, eps)
-    return _GroupNormReLU.apply(x, gamma.contiguous(), beta.contiguous(), groups, eps)  # type: ignore[no-any-return]
+    return _GroupNormReLU.apply(x, gamma.contiguous(), beta.contiguous(), groups, eps)
 
 
 def kernel(device: torch.device) -> Callable[..., Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class StdConv2d(nn.Conv2d):
@@ -76,6 +77,7 @@ class ResNet(nn.Module):
     def __init__(self, units: tuple[int, int, int, int], width: int, num_classes: int) -> None:
         super().__init__()
         self.units, self.width, self.num_classes = units, width, num_classes
+        self.recompute = False  # in training: keep the input of every unit alone, compute the rest again in backward
         self.stem = conv(3, width, 7, stride=2)
         channels, blocks = width, []
         for index, count in enumerate(units):
@@ -110,7 +112,9 @@ class ResNet(nn.Module):
         x = self.stem(images_nchw)
         x = F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2)  # zero padding: the authors' own, unlike torch's -inf
         for block in self.blocks:
-            x = block(x)
+            for unit in units_of(block):
+                kept = self.recompute and torch.is_grad_enabled()
+                x = checkpoint(unit, x, use_reentrant=False) if kept else unit(x)
         return self.norm(x)
 
     def forward(self, images_nchw: Tensor) -> Tensor:

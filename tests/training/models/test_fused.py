@@ -9,7 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from training.models import fused, zoo
 from training.models.resnet import group_norm_relu
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the fused form needs a compiler; the eager one stays")
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="the fused form needs a compiler; the eager one stays"
+)
 
 
 def gradients(function, x, gamma, beta, weights):

@@ -1,0 +1,57 @@
+"""What may be set about memory, and that it changes no result."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.training.engine.small_training import recipe
+from training.config import PretrainConfig
+from training.engine import memory
+from training.engine.distributed import World
+from training.models import zoo
+
+CPU = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+def test_auto_takes_the_whole_share_where_memory_is_plenty() -> None:
+    model = zoo.create("R14x0.5", 4)
+    stage = PretrainConfig(micro_batch="auto")
+    assert memory.prepare(model, recipe(1), stage, 32, CPU).micro_batch == 16
+
+
+@pytest.mark.parametrize(("room", "expected"), [(16, 16), (15, 8), (5, 4), (3, 2), (0, 2)])
+def test_auto_takes_the_largest_even_divisor_that_fits(room: int, expected: int) -> None:
+    model = zoo.create("R14x0.5", 4)
+    each = memory.picture_bytes(model, 32, bf16=False)
+    free = (room + 0.01) * each / memory.SHARE
+    assert memory.find(model, recipe(1), 32, CPU, free) == expected
+
+
+def test_an_odd_share_cannot_be_mixed_up() -> None:
+    with pytest.raises(memory.BatchError, match="even global_batch"):
+        memory.find(zoo.create("R14x0.5", 4), replace(recipe(1), global_batch=15), 32, CPU)
+
+
+def test_what_a_picture_keeps_grows_with_its_area_and_shrinks_by_recomputing() -> None:
+    model = zoo.create("R14x0.5", 4)
+    small, large = memory.picture_bytes(model, 32, bf16=False), memory.picture_bytes(model, 64, bf16=False)
+    assert 3.5 < large / small < 4.5
+    model.recompute = True
+    assert memory.picture_bytes(model, 64, bf16=False) < 0.5 * large
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    torch.manual_seed(0)
+    model, images = zoo.create("R14x0.5", 4), torch.randn(2, 3, 32, 32)
+    torch.nn.init.normal_(model.head.weight)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(images).square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    plain = gradients()
+    memory.prepare(model, recipe(1), PretrainConfig(activation_checkpointing=True), 32, CPU)
+    assert model.recompute
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
