@@ -86,6 +86,10 @@ def main(config: Config, stage: str, tenant: str | None = None, *, follow: bool 
         while jobs.get(wanted.name):
             time.sleep(0.5)
         found = None
+    if found is None and not retry and ended_before(config, wanted.name):
+        collect(config, jobs, {"metadata": {"name": wanted.name}}, stage, tenant)
+        print(f"{wanted.name}: succeeded before and was removed; its receipt is back", file=sys.stderr)
+        return
     if found is None:
         objects = render(wanted, config.cluster)
         jobs.apply(objects)
@@ -173,8 +177,15 @@ def collect(config: Config, jobs: Jobs, job: Object, stage: str, tenant: str | N
     folder.mkdir(parents=True, exist_ok=True)
     for small in fs.glob(path.replace(receipt.FILE, "*.png")):
         (folder / small.rpartition("/")[2]).write_bytes(fs.cat_file(small))
-    details: dict[str, Any] = made.details | {"job": name, "job_uid": job["metadata"]["uid"]}
+    told_by = {"job": name} | ({"job_uid": uid} if (uid := job["metadata"].get("uid")) else {})
+    details: dict[str, Any] = made.details | told_by
     made.model_copy(update={"details": details}).write(folder)
+
+
+def ended_before(config: Config, name: str) -> bool:
+    """Whether a job of this name left its receipt in the store, though the job itself is gone."""
+    fs, path = fsspec.core.url_to_fs(f"{config.cluster.store}/{name}/{receipt.FILE}")
+    return bool(fs.exists(path))
 
 
 def fleet(configs: dict[str, Config], retry: bool = False) -> None:
@@ -189,6 +200,7 @@ def fleet(configs: dict[str, Config], retry: bool = False) -> None:
             there.pop(wanted.name)
         if wanted.name not in there:
             jobs.apply(render(wanted, configs[tenant].cluster))
+    submitted = jobs.calls
     states = {wanted.name: "Created" for wanted in orders.values()}
     ended: dict[str, Object] = {}
     counted = ""
@@ -212,6 +224,7 @@ def fleet(configs: dict[str, Config], retry: bool = False) -> None:
         else:
             failures.append(tenant)
     show([(tenant, wanted.name, states[wanted.name]) for tenant, wanted in orders.items()])
+    print(f"{jobs.calls} requests to the API server, {submitted} of them to submit", file=sys.stderr)
     if failures:
         raise ClusterError(
             f"{len(failures)} of {len(orders)} failed: {', '.join(failures)}. `bit attach JOB` says why; --retry runs them again."

@@ -199,3 +199,21 @@ def test_the_watch_outlives_the_api_server(prepared: Cluster, kubelet: Kubelet, 
     os.kill(server, signal.SIGCONT)
     assert watching.wait(180) == 0
     assert (root / "runs" / "pretrain" / "receipt.json").is_file()
+
+
+@pytest.mark.heavy
+def test_two_people_at_once_get_one_job_and_a_job_that_is_gone_is_not_run_again(
+    prepared: Cluster, kubelet: Kubelet, tmp_path: Path
+) -> None:
+    root = project(tmp_path / "p", "kubernetes", tmp_path / "store", workers=1)
+    bit(root, prepared, "pack")
+    command = [sys.executable, "-m", "training", "submit", "pretrain"]
+    both = [subprocess.Popen(command, cwd=root, env=environment(root, prepared)) for _ in range(2)]
+    assert [one.wait(180) for one in both] == [0, 0]
+    [job] = prepared.get("pytorchjobs", "-n", "bit")["items"]
+    made = receipt(root, "pretrain")
+    assert made["details"]["job_uid"] == job["metadata"]["uid"]
+    bit(root, prepared, "cancel", job["metadata"]["name"])
+    assert "its receipt is back" in bit(root, prepared, "submit", "pretrain")
+    assert prepared.get("pytorchjobs", "-n", "bit")["items"] == []
+    assert receipt(root, "pretrain")["outputs"] == made["outputs"]

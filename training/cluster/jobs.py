@@ -30,17 +30,34 @@ class ClusterError(UserError):
     """The cluster cannot be reached, or refuses; the message says what, and what to do."""
 
 
+class Counted(client.ApiClient):
+    """The client's connection, which counts its requests: a fleet must not be a burden to the API server."""
+
+    calls = 0
+
+    def call_api(self, *arguments: Any, **named: Any) -> Any:
+        self.calls += 1
+        return super().call_api(*arguments, **named)
+
+
 class Jobs:
     """The jobs of one namespace. Raises ClusterError for a context that is not there."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
         try:
-            api = config.new_client_from_config(context=cluster.context)
+            settings = client.Configuration()
+            config.load_kube_config(context=cluster.context, client_configuration=settings)
         except ConfigException as error:
             raise ClusterError(f"no cluster to submit to ({error}): set KUBECONFIG or cluster.context.") from None
+        self.api = api = Counted(settings)
         self.namespace, self.host = cluster.namespace, api.configuration.host
         api.configuration.retries = False  # the client's own retries would hide what we report
         self.custom, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
+
+    @property
+    def calls(self) -> int:
+        """Requests to the API server so far."""
+        return self.api.calls
 
     def apply(self, objects: list[Object], dry_run: bool = False) -> None:
         """Applies a ConfigMap and a PyTorchJob on the server's side: twice the same is once."""
