@@ -6,7 +6,7 @@ MLFLOW_PORT ?= 5000
 TORCH ?= torch==2.13.0
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo serve test test-load lint bench bench-serving bench-swaps clean test-images lock
+.PHONY: setup demo serve test test-load test-cluster lint bench bench-serving bench-swaps clean test-images lock
 
 setup: .venv/.stamp
 
@@ -60,6 +60,10 @@ test-images: .venv/.stamp-dev
 # Locks the packages of the images anew.
 lock:
 	docker/lock
+
+# Jobs on a real control plane, pods' own commands as processes; needs ../shared/k8s or BIT_K8S_KIT.
+test-cluster: .venv/.stamp-dev
+	pytest -m heavy tests/cluster
 
 bench: setup
 	python -m benchmarks.training_step
