@@ -61,14 +61,7 @@ def _inputs(picture: bytes) -> bytes:
 
 
 PEERS = {
-    "LitServe": Peer(
-        str(ENVIRONMENTS / "litserve/bin/python"),
-        _litserve,
-        "/predict",
-        "/health",
-        lambda p: p,
-        "application/octet-stream",
-    ),
+    "LitServe": Peer(str(ENVIRONMENTS / "litserve/bin/python"), _litserve, "/predict", "/health", _inputs),
     "MLServer": Peer(
         str(ENVIRONMENTS / "mlserver/bin/python"),
         _mlserver,
