@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from training.cli import demo, jobs, models, project, stages, weights
+from training.cli import demo, jobs, models, project, stages, study, weights
 from training.cluster import pod
 from training.errors import UserError
 
@@ -22,6 +22,7 @@ COMMANDS = (
     models.promote,
     models.predict,
     weights.zoo,
+    study.benchmark,
     jobs.submit,
     jobs.jobs,
     jobs.logs,

@@ -5,6 +5,7 @@ memory: there, standardising a filter is one `layer_norm` over contiguous memory
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,14 @@ class Bottleneck(nn.Module):
         return self.conv3(self.norm3(y)) + shortcut
 
 
+class Level(NamedTuple):
+    """One map of a feature pyramid: a cell covers stride × stride pixels."""
+
+    name: str
+    stride: int
+    channels: int
+
+
 class ResNet(nn.Module):
     """A BiT network.
 
@@ -106,6 +115,24 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    def pyramid(self, images_nchw: Tensor) -> list[Tensor]:
+        """[N, 3, H, W] in [-1, 1] → the maps C3, C4, C5 that detectors are built on: see `pyramid_levels`.
+
+        C3 and C4 are the sums of blocks 2 and 3, not activated; C5 went through the last norm and ReLU.
+        """
+        x = F.max_pool2d(F.pad(self.stem(images_nchw), (1, 1, 1, 1)), 3, stride=2)
+        maps = []
+        for block in self.blocks:
+            x = block(x)
+            maps.append(x)
+        return [*maps[1:3], self.norm(maps[3])]
+
+    @property
+    def pyramid_levels(self) -> tuple[Level, Level, Level]:
+        """Name, stride in pixels and channels of each map of `pyramid`."""
+        c3, c4, c5 = (self.width * 4 * 2**index for index in (1, 2, 3))
+        return Level("C3", 8, c3), Level("C4", 16, c4), Level("C5", 32, c5)
 
     def feature_map(self, images_nchw: Tensor) -> Tensor:
         """[N, 3, H, W] in [-1, 1] → the activated map [N, D, H/32, W/32] that pooling averages."""
