@@ -23,9 +23,10 @@ from training.models import layouts, npz, zoo
 
 CLASSES = 21_843
 LOAD = """
-import json, resource, sys, time
+import json, re, sys, time
 from training.models import npz, zoo
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# VmHWM, not ru_maxrss: the latter carries the parent's peak over into a new process.
+def peak(): return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before, began = peak(), time.perf_counter()
 model = npz.load(zoo.empty(sys.argv[1], int(sys.argv[2])), sys.argv[3])
 print(json.dumps({"peak_bytes": peak() - before, "seconds": time.perf_counter() - began}))
