@@ -6,7 +6,7 @@ MLFLOW_PORT ?= 5000
 TORCH ?= torch==2.13.0
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo serve test test-load test-cluster lint bench bench-serving bench-swaps clean test-images lock
+.PHONY: setup demo serve test test-load bench-autoscaling test-autoscaling test-cluster lint bench bench-serving bench-swaps clean test-images lock
 
 setup: .venv/.stamp
 
@@ -64,9 +64,15 @@ lock:
 # Jobs on a real control plane, pods' own commands as processes; needs ../shared/k8s or BIT_K8S_KIT.
 test-cluster: .venv/.stamp-dev
 	pytest -m heavy tests/cluster
+# Real Prometheus, KEDA and HPA act on the load of a real service: needs ../shared/k8s, Debian's prometheus and both cores.
+test-autoscaling: .venv/.stamp-dev
+	pytest -m heavy tests/autoscaling
 
 bench: setup
 	python -m benchmarks.training_step
+
+bench-autoscaling: .venv/.stamp-dev
+	python -m benchmarks.autoscaling
 
 clean:
 	rm -rf runs .mlflow .checkpoints .serve data/upstream tenants/*/pictures dvc.lock tenants/*/dvc.lock \
