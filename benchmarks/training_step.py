@@ -45,8 +45,9 @@ def timm_network(arch: str) -> nn.Module | None:
     if importlib.util.find_spec("timm") is None:
         return None
     library = torch.library.Library("torchvision", "FRAGMENT")  # timm asks for it when torchvision cannot be imported
-    if not hasattr(torch.ops.torchvision, "nms"):
-        library.define("nms(Tensor dets, Tensor scores, float threshold) -> Tensor")
+    for operator in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, operator):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float threshold) -> Tensor")
     import timm
 
     name = f"resnetv2_{arch.removeprefix('R')}_bit"

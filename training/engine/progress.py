@@ -1,5 +1,10 @@
-"""What a person sees while training runs: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""What is seen while training runs: a bar on a terminal, plain lines elsewhere, JSON lines with BIT_LOG_JSON=1.
 
+The same figures go to Prometheus (gauges.py).
+"""
+
+import json
+import os
 import sys
 import time
 from types import TracebackType
@@ -8,6 +13,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+
+from training.engine import gauges
 
 LINE_EVERY_S = 10.0
 
@@ -20,8 +27,12 @@ class Progress:
     def __init__(self, title: str, total: int, done: int, visible: bool) -> None:
         self.title, self.total, self.done, self.visible = title, total, done, visible
         self.began, self.from_step, self.last_line = time.monotonic(), done, -LINE_EVERY_S
+        self.labels, self.last_step = gauges.labels_of(title), time.monotonic()
         self.bar: Bar | None = None
-        if visible and sys.stderr.isatty():
+        if visible:
+            gauges.serve()
+            gauges.RESTARTS.labels(*self.labels).inc(1 if done else 0)
+        if visible and sys.stderr.isatty() and not os.environ.get("BIT_LOG_JSON"):
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Bar(*columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True))
             self.task = self.bar.add_task(title, total=total, completed=done, figures="")
@@ -39,11 +50,24 @@ class Progress:
 
     def advance(self) -> None:
         self.done += 1
+        now = time.monotonic()
+        gauges.STEPS.labels(*self.labels).inc()
+        gauges.STEP_SECONDS.labels(*self.labels).observe(now - self.last_step)
+        self.last_step = now
         if self.bar:
             self.bar.update(self.task, completed=self.done)
 
     def show(self, steps: int, figures: dict[str, float]) -> None:
         """The latest figures, with the steps they stand for."""
+        for name, gauge in gauges.FIGURES.items():
+            if name in figures:
+                gauge.labels(*self.labels).set(figures[name])
+        if os.environ.get("BIT_LOG_JSON"):
+            if self.visible:
+                print(
+                    json.dumps({"training": self.title, "step": steps, "steps": self.total, **figures}), file=sys.stderr
+                )
+            return
         text = " · ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in figures.items())
         if self.bar:
             self.bar.update(self.task, figures=text)
