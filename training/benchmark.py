@@ -7,6 +7,7 @@ standard deviation over the seeds, which draw both the examples and the order. R
 """
 
 import csv
+import hashlib
 import statistics
 import sys
 from collections import defaultdict
@@ -136,9 +137,12 @@ def measure(config: Config, suite: Suite, unit: Unit, base: Dataset, weights: Pa
 
 
 def train(model: ResNet, recipe: finetune.Recipe, data: Dataset, view: View, name: str) -> float:
-    fingerprint = receipt.hash_of(data.fingerprint, str(recipe.seed), str(recipe.steps), str(view))
+    """Its checkpoints lie under a name of their own: an interrupted unit is never taken for another."""
+    start = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())).hexdigest()
+    decides = {"data": data.fingerprint, "start": start, "seed": recipe.seed, "steps": recipe.steps, "view": view}
+    own = f"{name}-{receipt.hash_of(*map(str, decides.values()))}"
     with distributed.join() as world:
-        history = fit(model, recipe, data, view, world, name=name, fingerprint=fingerprint, record=lambda *_: None)
+        history = fit(model, recipe, data, view, world, name=own, decides=decides, record=lambda *_: None)
     return history["test_accuracy"][-1][1]
 
 

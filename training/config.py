@@ -3,7 +3,7 @@
 Devices, clients and clocks are passed beside it.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,6 +15,7 @@ from training.recipes import RECIPES, LrScaling, Plan, RecipeName
 TENANT_SECTIONS = ("pack", "finetune", "evaluate", "export")
 Positive = Annotated[int, Field(ge=1)]
 Precision = Literal["fp32", "bf16"]
+Sharding = Literal["none", "full"]
 
 
 class ConfigError(UserError):
@@ -47,6 +48,12 @@ class PackConfig(Section):
     strict: bool = Field(False, description="refuse the dataset when one picture cannot be read")
 
 
+HOW = (
+    *("micro_batch", "evaluate_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
+    *("activation_checkpointing", "sharding", "timeout_s", "max_skipped_steps", "scratch"),
+)
+
+
 class Optimisation(Section):
     """What upstream and downstream training share beside their schedules."""
 
@@ -61,6 +68,20 @@ class Optimisation(Section):
     seed: int = Field(0, ge=0)
     evaluate_every: Positive = Field(500, description="optimizer steps between evaluations")
     checkpoint_every: Positive = Field(500, description="optimizer steps between checkpoints")
+    keep_checkpoints: Positive = Field(2, description="how many of the newest checkpoints are kept")
+    keep_every: int = Field(0, ge=0, description="checkpoints of every so many steps are kept too; 0: none")
+    sharding: Sharding = Field(
+        "none", description="full: every rank holds a part of the network (FSDP2), for large ones"
+    )
+    timeout_s: Positive = Field(600, description="how long a rank waits for the others before it ends with an error")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="a step with a larger gradient is skipped; default: only one that is not finite"
+    )
+    max_skipped_steps: int = Field(0, ge=0, description="skipped steps in a row before training stops")
+
+    def decisive(self) -> dict[str, Any]:
+        """The values that decide the result: all but those that say how it is reached."""
+        return self.model_dump(exclude=set(HOW))
 
 
 class PretrainConfig(Optimisation):

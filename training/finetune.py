@@ -25,8 +25,11 @@ STAGE = "finetune"
 TRANSFER, SCRATCH = "transfer", "scratch"
 
 
-def main(config: Config, tenant: str) -> None:
-    """Fine-tunes the upstream network for one tenant and writes the stage's receipt."""
+def main(config: Config, tenant: str, fork: bool = False) -> None:
+    """Fine-tunes the upstream network for one tenant and writes the stage's receipt.
+
+    fork: start from the weights of an interrupted training whose values differ, instead of refusing it.
+    """
     packed, upstream = receipt.read("pack", tenant), receipt.read("pretrain")
     data = Dataset.open(packed.outputs["dataset"].uri)
     arch, weights = str(upstream.details["arch"]), upstream.outputs["weights"]
@@ -42,7 +45,7 @@ def main(config: Config, tenant: str) -> None:
     metrics: dict[str, float] = {}
     histories: dict[str, History] = {}
     with (
-        distributed.join() as world,
+        distributed.join(config.finetune.timeout_s) as world,
         tracking.start(config.tracking_uri, STAGE, tenant, params, inputs, active=world.is_main) as run,
     ):
         for start in (TRANSFER, SCRATCH) if config.finetune.scratch else (TRANSFER,):
@@ -59,8 +62,9 @@ def main(config: Config, tenant: str) -> None:
                 view,
                 world,
                 name=f"{tenant}-{start}",
-                fingerprint=receipt.hash_of(config.finetune, arch, start, *inputs.values()),
+                decides=config.finetune.decisive() | asdict(rule) | inputs | {"arch": arch},
                 record=run.metrics if start == TRANSFER else run.metrics_of(SCRATCH),
+                fork=fork,
             )
             metrics[f"{start}_seconds"] = time.perf_counter() - began
             metrics[f"{start}_loss"] = histories[start]["loss"][-1][1]
@@ -125,5 +129,10 @@ def recipe_for(stage: FinetuneConfig, rule: HyperRule, multi_label: bool) -> Rec
         seed=stage.seed,
         evaluate_every=stage.evaluate_every,
         checkpoint_every=stage.checkpoint_every,
+        sharding=stage.sharding,
+        max_grad_norm=stage.max_grad_norm,
+        max_skipped_steps=stage.max_skipped_steps,
+        keep_checkpoints=stage.keep_checkpoints,
+        keep_every=stage.keep_every,
         momentum=rule.momentum,
     )

@@ -22,18 +22,21 @@ from training.schedules import staircase
 STAGE = "pretrain"
 
 
-def main(config: Config) -> None:
-    """Trains or adopts the upstream network, registers it and writes the stage's receipt."""
+def main(config: Config, fork: bool = False) -> None:
+    """Trains or adopts the upstream network, registers it and writes the stage's receipt.
+
+    fork: start from the weights of an interrupted training whose values differ, instead of refusing it.
+    """
     out = receipt.folder(STAGE)
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "weights.npz"
     if config.upstream.weights:
         _adopt(config, weights)
     else:
-        _train(config, weights)
+        _train(config, weights, fork)
 
 
-def _train(config: Config, weights: Path) -> None:
+def _train(config: Config, weights: Path, fork: bool) -> None:
     """The network trained on the packed upstream pictures."""
     packed = receipt.read("pack")
     data = Dataset.open(packed.outputs["dataset"].uri)
@@ -45,12 +48,12 @@ def _train(config: Config, weights: Path) -> None:
     inputs = packed.inputs | {"data": data.fingerprint}
     params = config.model_dump(include={STAGE, "upstream"})
     with (
-        distributed.join() as world,
+        distributed.join(stage.timeout_s) as world,
         tracking.start(config.tracking_uri, STAGE, None, params, inputs, active=world.is_main) as run,
     ):
-        fingerprint = receipt.hash_of(stage, config.upstream, data.fingerprint)
         recipe = memory.prepare(model, recipe, stage, view.crop, world)
-        history = fit(model, recipe, data, view, world, name="upstream", fingerprint=fingerprint, record=run.metrics)
+        decides = stage.decisive() | {"arch": config.upstream.arch, "data": data.fingerprint}
+        history = fit(model, recipe, data, view, world, name="upstream", decides=decides, record=run.metrics, fork=fork)
         if world.is_main:
             npz.save(model, weights)
             plots.learning_curves({"upstream": history}, weights.with_name("learning_curves.png"))
@@ -74,6 +77,11 @@ def planned(stage: PretrainConfig, num_examples: int, multi_label: bool) -> tupl
         seed=stage.seed,
         evaluate_every=stage.evaluate_every,
         checkpoint_every=stage.checkpoint_every,
+        sharding=stage.sharding,
+        max_grad_norm=stage.max_grad_norm,
+        max_skipped_steps=stage.max_skipped_steps,
+        keep_checkpoints=stage.keep_checkpoints,
+        keep_every=stage.keep_every,
     )
     by_area = stage.recipe is not None and stage.crops
     return recipe, View(max(stage.resize, stage.crop), stage.crop, stage.flips, stage.crops, by_area)

@@ -48,7 +48,7 @@ def test_a_network_learns_two_labels_at_once(tmp_path: Path, monkeypatch: pytest
     torch.manual_seed(0)
     model, world = zoo.create("R14x0.5", 4), World(0, 1, torch.device("cpu"))
     view = View(32, 32, flips=False, crops=False)
-    history = fit(model, recipe, data, view, world, name="x", fingerprint="f", record=lambda figures, step: None)
+    history = fit(model, recipe, data, view, world, name="x", decides={}, record=lambda figures, step: None)
     assert history["test_accuracy"][-1][1] >= 0.9
 
 

@@ -10,3 +10,7 @@ Set = Annotated[
 ]
 Tenant = Annotated[str, typer.Argument(metavar="TENANT", help="Name of a folder below tenants/.")]
 MaybeTenant = Annotated[str | None, typer.Argument(metavar="[TENANT]", help="A tenant; left out: upstream.")]
+Fork = Annotated[
+    bool,
+    typer.Option("--fork", help="Start from the weights of an interrupted training whose values differ."),
+]

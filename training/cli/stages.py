@@ -5,19 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from training.cli.options import MaybeTenant, Set, Tenant
+from training.cli.options import Fork, MaybeTenant, Set, Tenant
 from training.cluster import pod
 from training.config import Config
 from training.params import load
 
 
-def stage(name: str, config: Config, tenant: str | None = None) -> None:
+def stage(name: str, config: Config, tenant: str | None = None, **options: Any) -> None:
     """Runs one stage, here or on the cluster. Its module is imported only now, so that `bit --help` answers at once."""
     arguments: Any = (tenant,) if tenant else ()
     if config.runner == "kubernetes" and name in ("pretrain", "finetune") and not pod.is_pod():
         import_module("training.submit").main(config, name, *arguments)
         return
-    import_module(f"training.{name}").main(config, *arguments)
+    import_module(f"training.{name}").main(config, *arguments, **options)
     if pod.is_pod():
         pod.deliver(name, tenant)
 
@@ -45,14 +45,14 @@ def pack(
     stage("pack", load(tenant=tenant, overrides=stated), tenant)
 
 
-def pretrain(overrides: Set = None) -> None:
+def pretrain(overrides: Set = None, fork: Fork = False) -> None:
     """Shards → the upstream network, registered as bit-upstream. Adopts published weights where upstream.weights is set."""
-    stage("pretrain", load(overrides=overrides or ()))
+    stage("pretrain", load(overrides=overrides or ()), fork=fork)
 
 
-def finetune(tenant: Tenant, overrides: Set = None) -> None:
+def finetune(tenant: Tenant, overrides: Set = None, fork: Fork = False) -> None:
     """Upstream network + a tenant's shards → the tenant's network, by the HyperRule."""
-    stage("finetune", load(tenant=tenant, overrides=overrides or ()), tenant)
+    stage("finetune", load(tenant=tenant, overrides=overrides or ()), tenant, fork=fork)
 
 
 def evaluate(tenant: Tenant, overrides: Set = None) -> None:

@@ -51,7 +51,7 @@ def accuracy(tenant: str, start: str, seed: int, upstream: receipt.Receipt, worl
         View(rule.resize, rule.crop, config.finetune.flips, config.finetune.crops),
         world,
         name=f"seeds-{tenant}-{start}",
-        fingerprint=receipt.hash_of(config.finetune, start, data.fingerprint, upstream.outputs["weights"].sha256),
+        decides=config.finetune.decisive() | {"data": data.fingerprint, "upstream": upstream.outputs["weights"].sha256},
         record=lambda figures, step: None,
     )
     reached = history["test_accuracy"][-1][1]

@@ -1,98 +1,166 @@
-"""Resumable checkpoints: model, optimizer, step and the fingerprint of what is trained; independent of the world's size.
+"""Resumable checkpoints: model, optimizer, step and all that decides the mathematics; independent of the world's size.
 
-A checkpoint is a folder `step-<n>` in the format of torch.distributed.checkpoint. It is written under a temporary name,
-synced and renamed, so that a folder with the final name is complete, whenever the process died.
+A checkpoint is a folder `step-<n>` with `state.pt` and, written after it, `meta.json` with the state's sha256: without meta.json
+it was never finished, with a hash that differs it was damaged. The state is copied when `save` is called and written by a
+thread while training goes on. A write that fails is said and left at that: the checkpoint before it stays.
 """
 
+import hashlib
+import io
 import json
-import os
-import shutil
-import warnings
-from dataclasses import dataclass
-from pathlib import Path
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from training.engine.distributed import World
+from training.engine.store import Store
 from training.errors import UserError
 
-META = "meta.json"
+META, STATE = "meta.json", "state.pt"
+FULL = StateDictOptions(full_state_dict=True)
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(UserError):
-    """A checkpoint that belongs to another training; the message shows both fingerprints."""
+    """A checkpoint of another training; the message shows every value that differs."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoints:
-    """The checkpoints of one training in `folder`; the newest `keep` are kept.
+    """The checkpoints of one training in `store`.
 
-    fingerprint: hash of all that decides the mathematics (config, data, upstream weights).
+    decides: name → value of all that decides the mathematics (config, data, upstream weights); keep: how many of the newest
+    are kept; keep_every: those of every so many steps are kept too (0: none); fork: where the values differ, start a new
+    training from the weights instead of refusing.
     """
 
-    folder: Path
-    fingerprint: str
+    store: Store
+    decides: Mapping[str, str]
     keep: int = 2
+    keep_every: int = 0
+    fork: bool = False
+    _writer: threading.Thread | None = field(default=None, init=False, repr=False)
 
     def save(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
-        """Writes the state after `step` optimizer steps. Called by all ranks together."""
-        final, temporary = self.folder / f"step-{step:08d}", self.folder / f".step-{step:08d}"
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        world.barrier()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a world of one is meant
-            dcp.save(_state(model, optimizer), checkpoint_id=temporary, no_dist=world.size == 1)
-        if world.is_main:
-            (temporary / META).write_text(json.dumps({"step": step, "fingerprint": self.fingerprint}))
-            for path in temporary.iterdir():
-                _sync(path)
-            shutil.rmtree(final, ignore_errors=True)  # an older attempt at the same step
-            temporary.rename(final)
-            _sync(self.folder)
-            for old in self.complete()[: -self.keep]:
-                shutil.rmtree(old)
-        world.barrier()
+        """Copies the state after `step` optimizer steps and begins to write it. Called by all ranks together."""
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=FULL)
+        if not world.is_main:
+            return
+        state = _copy({"model": model_state, "optimizer": optimizer_state})
+        self.wait()  # a store slower than the interval holds training up rather than fill the memory
+        self._writer = threading.Thread(target=self._write, args=(step, state), name=f"checkpoint-{step}")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Until the last write has ended."""
+        if self._writer:
+            self._writer.join()
+            self._writer = None
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
-        """Loads the newest complete checkpoint; returns the number of steps done, 0 where there is none yet."""
-        complete = self.complete()
-        if not complete:
+        """Loads the newest complete, undamaged checkpoint; returns the number of steps done, 0 where there is none yet.
+
+        Rank 0 reads and shares it. Raises CheckpointError, on every rank, where it is of another training.
+        """
+        meta, data, refusal = world.share(self._newest() if world.is_main else None)
+        if refusal:
+            raise CheckpointError(refusal)
+        if meta is None:
             return 0
-        meta = json.loads((complete[-1] / META).read_text())
-        if meta["fingerprint"] != self.fingerprint:
-            raise CheckpointError(
-                f"{complete[-1]} is of another training (fingerprint {meta['fingerprint']}, this one's is "
-                f"{self.fingerprint}). Remove the folder to start anew."
-            )
-        state = _state(model, optimizer)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(state, checkpoint_id=complete[-1], no_dist=world.size == 1)
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if meta["decides"] != dict(self.decides):  # a fork
+            model.load_state_dict(state["model"])
+            return 0
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FULL
+        )
         return int(meta["step"])
 
-    def complete(self) -> list[Path]:
-        """All complete checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if (path / META).is_file())
+    def complete(self) -> list[str]:
+        """Names of all finished checkpoints, oldest first."""
+        return [name for name in self.store.folders() if name.startswith("step-") and self.store.has(f"{name}/{META}")]
 
     def clear(self) -> None:
         """Removes all of them: the training has ended and its weights are written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.wait()
+        self.store.remove()
+
+    def _newest(self) -> tuple[dict[str, Any] | None, bytes, str]:
+        """Meta and state of the newest good checkpoint, or why it is refused."""
+        for name in reversed(self.complete()):
+            try:
+                meta, data = json.loads(self.store.read(f"{name}/{META}")), self.store.read(f"{name}/{STATE}")
+            except (OSError, ValueError) as error:
+                log.warning(
+                    "checkpoint %s of %s cannot be read (%s); the one before it is taken", name, self.url, error
+                )
+                continue
+            if hashlib.sha256(data).hexdigest() != meta["sha256"]:
+                log.warning("checkpoint %s of %s is damaged (sha256); the one before it is taken", name, self.url)
+                continue
+            return meta, data, "" if self.fork else self._difference(name, meta["decides"])
+        return None, b"", ""
+
+    def _difference(self, name: str, theirs: Mapping[str, str]) -> str:
+        lines = [
+            f"  {key}: {theirs.get(key, 'not set')} in the checkpoint, {self.decides.get(key, 'not set')} now"
+            for key in sorted({*theirs, *self.decides})
+            if theirs.get(key) != self.decides.get(key)
+        ]
+        if not lines:
+            return ""
+        return (
+            f"{self.url}/{name} is of another training:\n"
+            + "\n".join(lines)
+            + "\nSet the values back to go on with it, "
+            f"use --fork to start a new training from its weights, or remove {self.url} to start anew."
+        )
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        name, buffer = f"step-{step:08d}", io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        meta = {"step": step, "sha256": hashlib.sha256(data).hexdigest(), "decides": dict(self.decides)}
+        try:
+            self.store.remove(f"{name}/{META}")  # an older attempt at the same step is complete no longer
+            self.store.write(f"{name}/{STATE}", data)
+            self.store.write(f"{name}/{META}", json.dumps(meta).encode())
+            self._tidy()
+        except Exception as error:
+            kept = self._last_name()
+            log.warning(
+                "checkpoint %s could not be written to %s (%s); training goes on, the last good one is %s",
+                *(name, self.url, error, kept),
+            )
+
+    def _last_name(self) -> str:
+        try:
+            return (self.complete() or ["none yet"])[-1]
+        except Exception:
+            return "unknown"
+
+    def _tidy(self) -> None:
+        complete = self.complete()
+        for name in complete[: -self.keep]:
+            if not self.keep_every or int(name.removeprefix("step-")) % self.keep_every:
+                self.store.remove(name)
 
 
-def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    return {"model": model_state, "optimizer": optimizer_state}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _copy(value: Any) -> Any:
+    """The same nest of dicts and lists with every tensor copied to the host: training goes on changing the originals."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copy(inner) for inner in value)
+    return value

@@ -1,15 +1,32 @@
 """Which process this is among how many, and on what device. The one reader of torchrun's environment variables."""
 
+import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-TIMEOUT = timedelta(minutes=10)  # a collective that waits longer has lost a rank: better an error than a hang
+from training.config import Sharding
+
+TIMEOUT_S = 600  # a collective that waits longer has lost a rank: better an error than a hang
+
+
+# How gloo and NCCL word that a peer is gone or silent: they raise plain RuntimeErrors.
+LOST = ("gloo", "nccl", "timed out", "timeout", "connection closed", "connection reset", "peer")
+
+
+class RankError(RuntimeError):
+    """Ranks could not agree any more; names the rank that says so, the step and the cause. The launcher starts them anew."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +41,58 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def shard(self, model: torch.nn.Module, sharding: Sharding) -> torch.nn.Module:
+        """What is trained: with `full` sharding a copy of which every rank holds a part (FSDP2), else the model itself."""
+        if self.size == 1 or sharding == "none":
+            return model
+        sharded = copy.deepcopy(model)
+        for parameter in sharded.parameters():
+            parameter.data = parameter.data.contiguous()  # FSDP2 shards no other layout
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for unit in (unit for block in sharded.get_submodule("blocks").children() for unit in block.children()):
+            fully_shard(unit, mesh=mesh)  # gathered one after the other
+        fully_shard(sharded, mesh=mesh)
+        return sharded
+
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model with gradients averaged over all ranks; the model itself in a world of one."""
-        if self.size == 1:
+        """The model with gradients averaged over all ranks; the model itself in a world of one or where it is sharded."""
+        if self.size == 1 or isinstance(model, FSDPModule):
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        return DistributedDataParallel(model, device_ids=ids)
+
+    def gather(self, trained: torch.nn.Module, model: torch.nn.Module) -> None:
+        """Brings the weights of a sharded network into the whole one, on every rank."""
+        if trained is not model:
+            model.load_state_dict(get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True)))
+
+    @contextmanager
+    def exchange(self, wrapped: torch.nn.Module, now: bool) -> Iterator[None]:
+        """Whether gradients are averaged in the backward passes inside: only in a step's last micro-batch."""
+        if isinstance(wrapped, FSDPModule):
+            wrapped.set_requires_gradient_sync(now)
+        skip = isinstance(wrapped, DistributedDataParallel) and not now
+        with wrapped.no_sync() if skip else contextlib.nullcontext():  # type: ignore[operator]
+            yield
+
+    @contextmanager
+    def at(self, step: int) -> Iterator[None]:
+        """Names rank, step and cause when another rank is lost inside: RankError."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in LOST)
+            if self.size == 1 or not lost:
+                raise
+            raise RankError(f"rank {self.rank} of {self.size} lost another rank in step {step + 1}: {error}") from error
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value (anything that can be pickled), on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor summed over all ranks, in place."""
@@ -49,8 +112,11 @@ class World:
 
 
 @contextmanager
-def join() -> Iterator[World]:
-    """The world that torchrun made (RANK, WORLD_SIZE, LOCAL_RANK), or a world of one without torchrun."""
+def join(timeout_s: int = TIMEOUT_S) -> Iterator[World]:
+    """The world that torchrun made (RANK, WORLD_SIZE, LOCAL_RANK), or a world of one without torchrun.
+
+    timeout_s: how long a rank waits for the others before it gives up with an error.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -58,7 +124,7 @@ def join() -> Iterator[World]:
     else:
         device = torch.device("cpu")
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     try:
         yield World(rank, size, device)
     finally:

@@ -1,12 +1,13 @@
 """One training from dataset to trained network: the stream, the loop, the evaluation and the checkpoints put together."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from training.data.batches import Stream
 from training.data.shards import Dataset
-from training.engine import inference
+from training.engine import inference, store
 from training.engine.checkpoint import Checkpoints
 from training.engine.distributed import World
 from training.engine.loop import Log, Recipe, train
@@ -27,12 +28,22 @@ class View:
 
 
 def fit(
-    model: ResNet, recipe: Recipe, data: Dataset, view: View, world: World, *, name: str, fingerprint: str, record: Log
+    model: ResNet,
+    recipe: Recipe,
+    data: Dataset,
+    view: View,
+    world: World,
+    *,
+    name: str,
+    decides: Mapping[str, Any],
+    record: Log,
+    fork: bool = False,
 ) -> History:
     """Trains `model` in place on the split `train`, evaluating on `test`; returns every recorded figure.
 
-    name: of this training, for progress and for the folder of its checkpoints; fingerprint: hash of all that decides the
-    result; record: where figures go as they come. An interrupted training with the same name and fingerprint is continued.
+    name: of this training, for progress and for the folder of its checkpoints; decides: name → value of all that decides
+    the result; record: where figures go as they come. An interrupted training of the same name is continued; where one of
+    the values differs that is refused (CheckpointError), or with `fork` a new one starts from its weights.
     """
     test = data.split("test")
     targets = test.targets()
@@ -59,7 +70,13 @@ def fit(
         rank=world.rank,
         world_size=world.size,
     )
-    checkpoints = Checkpoints(Path(".checkpoints", name, fingerprint), fingerprint)
+    checkpoints = Checkpoints(
+        store.of(name),
+        {key: str(value) for key, value in decides.items()},
+        keep=recipe.keep_checkpoints,
+        keep_every=recipe.keep_every,
+        fork=fork,
+    )
     train(model, recipe, stream, world, checkpoints=checkpoints, log=log, evaluate=evaluate, title=name)
     world.barrier()
     if world.is_main:

@@ -4,7 +4,7 @@ What it computes depends on the recipe, the data and the seed alone; not on the 
 it was interrupted.
 """
 
-import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
-from training.config import Precision
+from training.config import Precision, Sharding
 from training.data.batches import Batch, Stream
 from training.engine.checkpoint import Checkpoints
 from training.engine.distributed import World
@@ -28,7 +29,10 @@ class BatchError(UserError):
 
 
 class DivergedError(UserError):
-    """The loss is no longer finite."""
+    """Gradients stayed infinite, not a number, or too large for too many steps together."""
+
+
+logger = logging.getLogger(__name__)
 
 
 Log = Callable[[dict[str, float], int], None]
@@ -39,7 +43,8 @@ class Recipe:
     """How to train; every number of it is the HyperRule's or stands in params.yaml.
 
     lr: optimizer step → learning rate; global_batch: examples per optimizer step over all ranks; micro_batch: examples per
-    forward/backward of one rank (None: the rank's whole share); multi_label: sigmoid instead of softmax cross-entropy.
+    forward/backward of one rank (None: the rank's whole share); multi_label: sigmoid instead of softmax cross-entropy;
+    max_grad_norm, max_skipped_steps: a step whose gradient is larger or not finite is skipped, so many in a row at most.
     """
 
     steps: int
@@ -54,6 +59,11 @@ class Recipe:
     evaluate_every: int
     checkpoint_every: int
     momentum: float = 0.9
+    sharding: Sharding = "none"
+    max_grad_norm: float | None = None
+    max_skipped_steps: int = 0
+    keep_checkpoints: int = 2
+    keep_every: int = 0
 
     def num_micro(self, world_size: int) -> int:
         """Forward/backward passes per optimizer step and rank. Raises BatchError where the batch cannot be split."""
@@ -82,47 +92,54 @@ def train(
     """Trains `model` in place for `recipe.steps` steps, from the newest checkpoint where there is one.
 
     log is called with figures and the number of steps done; evaluate every `evaluate_every` steps and at the end. On
-    SIGTERM the current step is finished, a checkpoint written and Preempted raised. Raises DivergedError when the loss
-    is no longer finite.
+    SIGTERM the current step is finished, a checkpoint written and Preempted raised. A step whose gradient is not finite
+    or too large changes nothing; raises DivergedError after too many of them in a row, RankError when a rank is lost.
     """
     num_micro = recipe.num_micro(world.size)
     model.to(world.device)
+    trained = world.shard(model, recipe.sharding)
+    parameters = list(trained.parameters())
+    whole = trained is model  # the fused update knows no sharded parameters
     optimizer = torch.optim.SGD(
-        model.parameters(), recipe.lr(0), momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
+        parameters, recipe.lr(0), momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=whole
     )
-    done = checkpoints.restore(model, optimizer, world)
-    wrapped = world.wrap(model)
+    done = checkpoints.restore(trained, optimizer, world)
+    wrapped, skipped = world.wrap(trained), 0
     with Progress(title, recipe.steps, done, world.is_main) as progress, stop_on_sigterm() as stop:
-        loss_sum, logged, began, waited = torch.zeros((), device=world.device), done, time.perf_counter(), 0.0
+        loss_sum, counted, began, waited = torch.zeros((), device=world.device), 0, time.perf_counter(), 0.0
         batches = stream.prefetch(done, recipe.steps, num_micro)
-        model.train()
+        wrapped.train()
         for step in range(done, recipe.steps):
             lr, lam = recipe.lr(step), draw_lam(recipe, step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
+            loss_before = loss_sum.clone()
             for micro in range(num_micro):
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - asked
-                last = micro == num_micro - 1
-                with contextlib.nullcontext() if last or world.size == 1 else wrapped.no_sync():  # type: ignore[operator]
+                with world.at(step), world.exchange(wrapped, now=micro == num_micro - 1):
                     loss = loss_of(wrapped, batch, recipe, lam, world.device)
                     # Summed over micro-batches and averaged over ranks by DDP, this is the mean over the global batch.
                     (loss * (world.size / recipe.global_batch)).backward()
                 loss_sum += loss.detach()
-            optimizer.step()
             steps = step + 1
+            with world.at(step):
+                norm = grad_norm(parameters)
+            # The averaged gradient, and so the answer, is the same on every rank.
+            if np.isfinite(norm) and norm <= (recipe.max_grad_norm or np.inf):
+                optimizer.step()
+                skipped, counted = 0, counted + 1
+            else:
+                skipped += 1
+                loss_sum = loss_before
+                _skip(skipped, norm, steps, lr, recipe, checkpoints)
             due = steps % recipe.evaluate_every == 0 or steps == recipe.steps
             if due or steps % progress.log_every == 0:
-                elapsed, count = time.perf_counter() - began, (steps - logged) * recipe.global_batch
-                mean_loss = float(world.sum(loss_sum)) / count
-                if not np.isfinite(mean_loss):
-                    kept = checkpoints.complete()
-                    raise DivergedError(
-                        f"the loss is {mean_loss} after step {steps} (lr {lr:g}). Lower lr; the last good checkpoint is "
-                        f"{kept[-1] if kept else 'none yet'}."
-                    )
+                elapsed, count = time.perf_counter() - began, counted * recipe.global_batch
+                with world.at(step):
+                    mean_loss = float(world.sum(loss_sum)) / max(1, count)
                 figures = {
                     "loss": mean_loss,
                     "lr": lr,
@@ -130,18 +147,41 @@ def train(
                     "data_wait": waited / elapsed,
                 }
                 if due:
+                    world.gather(trained, model)
                     figures |= {f"test_{name}": value for name, value in evaluate().items()}
-                    model.train()
+                    wrapped.train()
                 log(figures, steps)
                 progress.show(steps, figures)
                 loss_sum.zero_()
-                logged, began, waited = steps, time.perf_counter(), 0.0
+                counted, began, waited = 0, time.perf_counter(), 0.0
             progress.advance()
-            stopping = stop.is_set if world.size == 1 else world.any(stop.is_set)
+            with world.at(step):
+                stopping = world.any(stop.is_set)
             if stopping or (steps % recipe.checkpoint_every == 0 and steps < recipe.steps):
-                checkpoints.save(steps, model, optimizer, world)
+                checkpoints.save(steps, trained, optimizer, world)
             if stopping:
+                checkpoints.wait()
                 raise Preempted(steps)
+
+
+def grad_norm(parameters: list[torch.nn.Parameter]) -> float:
+    """The 2-norm of the whole gradient, over all shards."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def _skip(skipped: int, norm: float, steps: int, lr: float, recipe: Recipe, checkpoints: Checkpoints) -> None:
+    """Says that a step was skipped; raises DivergedError when it was one too many."""
+    limit = f", max_grad_norm is {recipe.max_grad_norm:g}" if recipe.max_grad_norm else ""
+    said = f"the gradient's norm is {norm:g} in step {steps} (lr {lr:g}{limit})"
+    if skipped > recipe.max_skipped_steps:
+        checkpoints.wait()
+        last = (checkpoints.complete() or ["none yet"])[-1]
+        raise DivergedError(
+            f"{said}, {skipped} such steps in a row; max_skipped_steps is {recipe.max_skipped_steps}. Lower lr; the last "
+            f"good checkpoint is {last} in {checkpoints.url}."
+        )
+    logger.warning("%s: the step is skipped (%d of at most %d in a row)", said, skipped, recipe.max_skipped_steps)
 
 
 def draw_lam(recipe: Recipe, step: int) -> float:

@@ -1,6 +1,6 @@
 """A training of a few steps as its own process, for tests that kill it or run it on several ranks.
 
-    python -m tests.training.engine.small_training DATASET WEIGHTS STEPS NAME [micro_batch]
+    python -m tests.training.engine.small_training DATASET WEIGHTS STEPS NAME [micro_batch] [sharding]
 
 Writes the weights to WEIGHTS; prints one line per recorded step.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from training.config import Sharding
 from training.data.shards import Dataset
 from training.engine import distributed
 from training.engine.fit import View, fit
@@ -17,7 +18,7 @@ from training.engine.loop import Recipe
 from training.models import npz, zoo
 
 
-def recipe(steps: int, micro_batch: int | None = None, mixup_alpha: float = 0.2) -> Recipe:
+def recipe(steps: int, micro_batch: int | None = None, mixup_alpha: float = 0.2, sharding: Sharding = "none") -> Recipe:
     return Recipe(
         steps=steps,
         global_batch=16,
@@ -30,10 +31,11 @@ def recipe(steps: int, micro_batch: int | None = None, mixup_alpha: float = 0.2)
         seed=5,
         evaluate_every=1000,
         checkpoint_every=3,
+        sharding=sharding,
     )
 
 
-def main(dataset: str, weights: str, steps: str, name: str, micro_batch: str | None = None) -> None:
+def main(dataset: str, weights: str, steps: str, name: str, micro_batch: str = "", sharding: Sharding = "none") -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     data = Dataset.open(dataset)
@@ -41,12 +43,12 @@ def main(dataset: str, weights: str, steps: str, name: str, micro_batch: str | N
     with distributed.join() as world:
         fit(
             model,
-            recipe(int(steps), int(micro_batch) if micro_batch else None),
+            recipe(int(steps), int(micro_batch) if micro_batch else None, sharding=sharding),
             data,
             View(resize=40, crop=32, flips=True, crops=True),
             world,
             name=name,
-            fingerprint="test",
+            decides={"data": data.fingerprint},
             record=lambda figures, step: print(f"recorded {step}", flush=True),
         )
         if world.is_main:
@@ -54,4 +56,4 @@ def main(dataset: str, weights: str, steps: str, name: str, micro_batch: str | N
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:])  # type: ignore[arg-type] sharding is one of its choices

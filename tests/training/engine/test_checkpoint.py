@@ -1,0 +1,101 @@
+"""What checkpoints promise: the newest good one, whatever happened to the others."""
+
+import logging
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.engine.checkpoint import CheckpointError, Checkpoints
+from training.engine.distributed import World
+from training.engine.store import Store
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+class Trained:
+    """A small network with an optimizer, whose only weight tells how many steps were done."""
+
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
+
+    def save(self, checkpoints: Checkpoints, *steps: int) -> None:
+        for step in steps:
+            with torch.no_grad():
+                self.model.weight.fill_(step)
+            checkpoints.save(step, self.model, self.optimizer, WORLD)
+            with torch.no_grad():
+                self.model.weight.fill_(-1)  # training goes on while the copy is written
+        checkpoints.wait()
+
+    def restored(self, checkpoints: Checkpoints) -> tuple[int, float]:
+        step = checkpoints.restore(self.model, self.optimizer, WORLD)
+        return step, self.model.weight.item()
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    made = Store(str(tmp_path) if request.param == "local" else f"memory://{tmp_path}")
+    yield made
+    made.remove()
+
+
+def test_the_newest_and_every_nth_are_kept(store: Store) -> None:
+    checkpoints = Checkpoints(store, {}, keep=2, keep_every=6)
+    Trained().save(checkpoints, 3, 6, 9, 12, 15)
+    assert checkpoints.complete() == ["step-00000006", "step-00000012", "step-00000015"]
+    assert Trained().restored(checkpoints) == (15, 15.0)
+
+
+@pytest.mark.parametrize("harm", ["half-uploaded", "damaged", "meta damaged", "state missing"])
+def test_a_bad_newest_one_is_skipped(store: Store, harm: str, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoints = Checkpoints(store, {}, keep=3)
+    Trained().save(checkpoints, 3, 6)
+    newest = "step-00000006"
+    if harm == "half-uploaded":
+        store.remove(f"{newest}/meta.json")
+    elif harm == "state missing":
+        store.remove(f"{newest}/state.pt")
+    elif harm == "meta damaged":
+        store.write(f"{newest}/meta.json", b'{"step": 6')
+    else:
+        data = store.read(f"{newest}/state.pt")
+        store.write(f"{newest}/state.pt", data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
+    assert Trained().restored(checkpoints) == (3, 3.0)
+    if harm != "half-uploaded":
+        assert "the one before it is taken" in caplog.text
+
+
+def test_another_training_is_refused_with_both_values_unless_forked(store: Store) -> None:
+    Trained().save(Checkpoints(store, {"arch": "R50x1", "lr": "0.1"}), 3)
+    changed = {"arch": "R50x1", "lr": "0.2"}
+    with pytest.raises(CheckpointError, match=r"lr: 0.1 in the checkpoint, 0.2 now(.|\n)*--fork") as refused:
+        Trained().restored(Checkpoints(store, changed))
+    assert "arch" not in str(refused.value)
+    assert Trained().restored(Checkpoints(store, changed, fork=True)) == (0, 3.0)
+
+
+def test_a_full_disk_fails_the_write_and_not_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained, checkpoints = Trained(), Checkpoints(Store(str(tmp_path)), {})
+    trained.save(checkpoints, 3)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        trained.save(checkpoints, 6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "step-00000006 could not be written" in caplog.text
+    assert "the last good one is step-00000003" in caplog.text
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert trained.restored(checkpoints) == (3, 3.0)
+    trained.save(checkpoints, 9)  # there is room again
+    assert trained.restored(checkpoints) == (9, 9.0)
+
+
+def test_nothing_is_restored_where_nothing_was_written(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert Trained().restored(Checkpoints(store, {}))[0] == 0
+    assert caplog.text == ""
