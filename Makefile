@@ -75,5 +75,5 @@ bench-autoscaling: .venv/.stamp-dev
 	python -m benchmarks.autoscaling
 
 clean:
-	rm -rf runs .mlflow .checkpoints .serve data/upstream tenants/*/pictures dvc.lock tenants/*/dvc.lock \
+	rm -rf runs .mlflow .checkpoints .fetched .serve data/upstream tenants/*/pictures dvc.lock tenants/*/dvc.lock \
 		.dvc/cache/runs  # else DVC would restore receipts of versions that the new MLflow has never seen

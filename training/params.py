@@ -1,6 +1,6 @@
 """params.yaml → `Config`: parsed once, every key known, before any work begins.
 
-`load()` reads the root params.yaml, lays a tenant's params.yaml over its last four sections and then the `--set` overrides.
+`load()` reads the root params.yaml, lays a tenant's params.yaml over the sections that are its own, then the `--set` overrides.
 """
 
 import difflib
