@@ -22,6 +22,7 @@ from benchmarks import load
 from services import preprocess
 from tests.services.running import Folder, bit_serve
 from training.models import graph, zoo
+from training.models.archs import ARCHS
 
 
 def photograph() -> bytes:
@@ -86,7 +87,7 @@ def measure(arch: str, side: int, workers: int, seconds: float) -> dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="R50x1", choices=list(zoo.ARCHS))
+    parser.add_argument("--arch", default="R50x1", choices=list(ARCHS))
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--workers", type=int, default=1, help="what the chart gives a pod: a worker per whole core")
     parser.add_argument("--seconds", type=float, default=10)

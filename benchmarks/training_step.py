@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from training.models import fused, zoo
+from training.models.archs import ARCHS
 from training.models.resnet import GroupNormReLU, StdConv2d
 
 RESULTS = Path(__file__).with_name("results")
@@ -139,7 +140,7 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="R50x1", choices=list(zoo.ARCHS))
+    parser.add_argument("--arch", default="R50x1", choices=list(ARCHS))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)

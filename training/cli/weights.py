@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from training.models.exchange import HeadChoice
-from training.models.layouts import Layout
+from training.models.archs import HeadChoice, Layout
 
 SIDES = (128, 224, 384, 480)
 Arch = Annotated[str, typer.Option(help="Row of `bit zoo` that the file must fit.")]
@@ -17,14 +16,13 @@ Keys = Annotated[Layout | None, typer.Option(help="Keys to write; left out, thos
 
 def zoo() -> None:
     """The table of architectures: parameters, GMAC per picture, size of a checkpoint and of an export."""
-    from training.models import zoo
+    from training.models import archs
 
     columns = " ".join(f"{f'@{side}':>7}" for side in SIDES)
     print(f"{'arch':<8} {'units':<9} {'body':>11} {'1,000':>11} {'21,843':>13} {columns} {'ckpt':>8} {'export':>8}")
-    for name, arch in zoo.ARCHS.items():
-        thousand, many = zoo.num_parameters(name, 1_000), zoo.num_parameters(name, 21_843)
-        body = thousand - (many - thousand) // 20_843 * 1_000
-        gmac = " ".join(f"{zoo.gmac(name, side):7.2f}" for side in SIDES)
+    for name, arch in archs.ARCHS.items():
+        body, thousand, many = (archs.num_parameters(name, classes) for classes in (0, 1_000, 21_843))
+        gmac = " ".join(f"{archs.gmac(name, side):7.2f}" for side in SIDES)
         units = "-".join(map(str, arch.units))
         # A checkpoint holds weights and momentum, an export the weights; both in float32.
         sizes = f"{size(8 * thousand):>8} {size(4 * thousand):>8}"

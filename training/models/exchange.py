@@ -7,7 +7,7 @@ npz → npz    array by array: nothing is lost, keys and types stay as they were
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
 import fsspec
@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from training.models import layouts, npz, timm_state, zoo
-from training.models.layouts import HEAD, Layout
+from training.models.archs import HeadChoice, Layout
+from training.models.layouts import HEAD
 from training.models.npz import WeightsError
 
-HeadChoice = Literal["keep", "drop", "replace"]
 TORCH = (".pth", ".pt")
 PATIENT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)  # gigabytes outlast the default of 5 minutes
 

@@ -8,13 +8,12 @@ Kernels are HWIO in both. The published key without a number is the one by which
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Literal
 
 import torch
 
+from training.models.archs import Layout
 from training.models.resnet import ResNet, units_of
 
-Layout = Literal["published", "big_vision"]
 HEAD = ("resnet/head/conv2d/kernel", "resnet/head/conv2d/bias")
 STEM = "resnet/root_block/standardized_conv2d/kernel"
 

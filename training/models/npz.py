@@ -17,8 +17,9 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from training.errors import UserError
-from training.models import layouts, zoo
-from training.models.layouts import HEAD, STEM, Layout
+from training.models import layouts
+from training.models.archs import ARCHS, Layout
+from training.models.layouts import HEAD, STEM
 from training.models.resnet import ResNet
 
 Archive = np.lib.npyio.NpzFile
@@ -132,7 +133,7 @@ def _arch(path: str | Path, archive: Archive, keys: dict[str, str]) -> str | Non
     if STEM not in keys:
         return None
     found = layouts.units(keys), _read(path, archive, keys[STEM]).shape[-1:]
-    return next((name for name, row in zoo.ARCHS.items() if (row.units, (int(64 * row.factor),)) == found), None)
+    return next((name for name, row in ARCHS.items() if (row.units, (row.width,)) == found), None)
 
 
 def _recognised(path: str | Path, archive: Archive, keys: dict[str, str]) -> str:

@@ -1,6 +1,7 @@
 """`bit weights`: what comes in goes out again, array by array, under the same keys."""
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tests.training.models.test_npz import network
-from training.models import exchange, layouts, npz, zoo
+from training.models import archs, exchange, layouts, npz, zoo
 from training.models.npz import WeightsError
 
 
@@ -127,12 +129,36 @@ PUBLISHED = {
 @pytest.mark.parametrize("arch", PUBLISHED)
 def test_counts_of_the_zoo_are_the_published_ones(arch: str) -> None:
     (many, thousand, body), costs = PUBLISHED[arch]
-    assert zoo.num_parameters(arch, 21_843) == many
-    assert zoo.num_parameters(arch, 1_000) == thousand
-    model = zoo.outline(arch, 1)
-    assert sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head")) == body
+    assert [archs.num_parameters(arch, classes) for classes in (21_843, 1_000, 0)] == [many, thousand, body]
     for side, cost in zip((128, 224, 480), costs or (), strict=False):
-        assert zoo.gmac(arch, side) == pytest.approx(cost, rel=0.01)
+        assert archs.gmac(arch, side) == pytest.approx(cost, rel=0.01)
+
+
+@pytest.mark.parametrize(("arch", "side"), [("R14x0.5", 95), ("R50x3", 128), ("R101x1", 224), ("R152x2", 33)])
+def test_the_arithmetic_of_the_zoo_is_what_the_network_has_and_does(arch: str, side: int) -> None:
+    model, total = zoo.outline(arch, 7), 0
+    assert sum(parameter.numel() for parameter in model.parameters()) == archs.num_parameters(arch, 7)
+
+    def count(layer: nn.Module, _: object, output: torch.Tensor) -> None:
+        nonlocal total
+        total += layer.weight.numel() * (output.shape[2:].numel() if isinstance(layer, nn.Conv2d) else 1)
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        model(torch.empty(1, 3, side, side, device="meta"))
+    assert total / 1e9 == archs.gmac(arch, side, 7)
+
+
+def test_the_zoo_prints_without_a_framework_in_two_seconds() -> None:
+    began = os.times()
+    code = "import sys; from training.cli import weights; weights.zoo(); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    spent = os.times()
+    assert done.returncode == 0, done.stderr
+    assert "R152x4   3-8-36-3  928,340,224 936,533,224 1,107,299,923   59.69  182.78" in done.stdout
+    assert spent.children_user + spent.children_system - began.children_user - began.children_system < 2
 
 
 def test_an_empty_network_is_filled_like_a_fresh_one(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.models import zoo
+from training.models import archs, zoo
 from training.models.resnet import GroupNormReLU, conv, normalize
 
 # Parameters with 21,843 and 1,000 classes: FACTS of the published models.
@@ -19,7 +19,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("arch", PUBLISHED)
 def test_parameter_counts_are_the_published_ones(arch: str) -> None:
-    assert (zoo.num_parameters(arch, 21_843), zoo.num_parameters(arch, 1_000)) == PUBLISHED[arch]
+    assert (archs.num_parameters(arch, 21_843), archs.num_parameters(arch, 1_000)) == PUBLISHED[arch]
 
 
 def test_filters_are_standardized_as_in_the_paper() -> None:
