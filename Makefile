@@ -33,8 +33,9 @@ lint: .venv/.stamp-dev
 	mypy
 	lint-imports
 
+# Hundreds of tests over real processes, browsers and clocks: one that fails is tried twice more and named in the summary (RERUN).
 test: lint
-	pytest
+	pytest --reruns 2
 
 # The service under load: needs both cores for itself.
 test-load: .venv/.stamp-dev

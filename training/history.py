@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from mlflow import MlflowClient
-from mlflow.entities import Param
 from mlflow.entities import Run as MLflowRun
 
 from training import tracking
@@ -64,14 +63,15 @@ def notice(uri: str, client: MlflowClient, tenant: str, champion: str | None) ->
 
 @contextmanager
 def record(
-    uri: str, client: MlflowClient, tenant: str, params: Mapping[str, str], how: str, who: str | None = None
+    uri: str, client: MlflowClient, tenant: str, told: Mapping[str, str], how: str, who: str | None = None
 ) -> Iterator[tracking.Run]:
-    """A run around a promotion: FINISHED where the alias moved, FAILED where the body raised."""
+    """A run around a promotion: FINISHED where the alias moved, FAILED where the body raised.
+
+    told: from, to (versions) and why. These are tags, which are there from the run's first moment: nobody reads half a promotion.
+    """
     experiment = tracking.ensure_experiment(client, uri, EXPERIMENT)
-    tags = {"tenant": tenant, "stage": "promote", "how": how, "mlflow.user": who or _user()}
-    name = f"{tenant} {params['from']} → {params['to']}"
-    run = client.create_run(experiment, int(time.time() * 1000), tags, name)
-    client.log_batch(run.info.run_id, params=[Param(key, value) for key, value in params.items()])
+    tags = {"tenant": tenant, "stage": "promote", "how": how, "mlflow.user": who or _user(), **told}
+    run = client.create_run(experiment, int(time.time() * 1000), tags, f"{tenant} {told['from']} → {told['to']}")
     try:
         yield tracking.Run(client, run.info.run_id, run.info.artifact_uri or "")
     except BaseException:
@@ -81,14 +81,14 @@ def record(
 
 
 def _entry(run: MLflowRun) -> Entry:
-    params, tags = run.data.params, run.data.tags
+    tags = run.data.tags
     return Entry(
         when=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
-        before=params.get("from", NONE),
-        after=params.get("to", NONE),
+        before=tags.get("from", NONE),
+        after=tags.get("to", NONE),
         who=tags.get("mlflow.user", "unknown"),
         how=tags.get("how", ""),
-        why=params.get("why", ""),
+        why=tags.get("why", ""),
         moved=run.info.status not in ("FAILED", "KILLED"),
         figures=dict(run.data.metrics),
     )

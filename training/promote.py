@@ -96,9 +96,9 @@ def main(
     history.notice(uri, client, tenant, str(champion.version) if champion else None)
     if not compared.changes:
         return said
-    params = {"from": str(champion.version) if champion else history.NONE, "to": str(candidate.version), "why": why}
+    told = {"from": str(champion.version) if champion else history.NONE, "to": str(candidate.version), "why": why}
     if champion is None:
-        with history.record(uri, client, tenant, params, history.PROMOTED):
+        with history.record(uri, client, tenant, told, history.PROMOTED):
             move(client, tenant, candidate)
         return [*said, "  no champion yet: nothing to hold it against", _moved(candidate)]
 
@@ -112,8 +112,8 @@ def main(
     judged = gates(figures, config.promote)
     failed = [gate.name for gate in judged if not gate.passed]
     said += [f"  asked both with {source}: {len(seen.flips)} answers flipped", *(gate.line() for gate in judged)]
-    params |= {"forced": str(bool(failed) and force), "sample": source, "failed_gates": ", ".join(failed) or "none"}
-    with history.record(uri, client, tenant, params, history.PROMOTED) as run, tempfile.TemporaryDirectory() as folder:
+    told |= {"forced": str(bool(failed) and force), "sample": source, "failed_gates": ", ".join(failed) or "none"}
+    with history.record(uri, client, tenant, told, history.PROMOTED) as run, tempfile.TemporaryDirectory() as folder:
         run.metrics(figures)
         if seen.flips:
             sheet = Path(folder, "flips.png")
@@ -144,8 +144,8 @@ def rollback(config: Config, tenant: str, why: str = "") -> list[str]:
             f"version {champion.version} of {tenant} replaced no other. Choose one: `bit promote {tenant} --version N`."
         )
     target = compare(client, tenant, int(number)).candidate
-    params = {"from": str(champion.version), "to": number, "why": why}
-    with history.record(uri, client, tenant, params, history.ROLLED_BACK):
+    told = {"from": str(champion.version), "to": number, "why": why}
+    with history.record(uri, client, tenant, told, history.ROLLED_BACK):
         move(client, tenant, target)
     return [f"{tenant}: back from version {champion.version}", _moved(target)]
 

@@ -172,7 +172,10 @@ class MLflowRegistry:
         if before == wanted.version or not self._is_champion(wanted):
             return
         now_ms = int(time.time() * 1000)
-        tags = {"tenant": wanted.tenant, "stage": "promote", "how": "alias moved by hand", "mlflow.user": "unknown"}
+        # Tags only: they are there from the run's first moment, so that no instance reads half a promotion.
+        move = {"from": before, "to": wanted.version, "why": "noticed by the service"}
+        who = {"how": "alias moved by hand", "mlflow.user": "unknown"}
+        tags = {"tenant": wanted.tenant, "stage": "promote", **who, **move}
         run = {
             "experiment_id": experiment,
             "run_name": f"{wanted.tenant} {before} → {wanted.version}",
@@ -180,12 +183,10 @@ class MLflowRegistry:
             "tags": [{"key": key, "value": value} for key, value in tags.items()],
         }
         run_id = self._send("POST", f"{API}/runs/create", json=run).json()["run"]["info"]["run_id"]
-        params = {"from": before, "to": wanted.version, "why": "noticed by the service"}
-        batch = {"run_id": run_id, "params": [{"key": key, "value": value} for key, value in params.items()]}
-        self._send("POST", f"{API}/runs/log-batch", json=batch)
         ended = {"run_id": run_id, "status": "FINISHED", "end_time": now_ms}
         self._send("POST", f"{API}/runs/update", json=ended)
-        same = [(start, other) for start, other, told in self._history(experiment, wanted.tenant) if told == params]
+        history = self._history(experiment, wanted.tenant)
+        same = [(start, other) for start, other, told in history if move.items() <= told.items()]
         if any(now_ms - start < TOGETHER_MS and (start, other) < (now_ms, run_id) for start, other in same):
             self._send("POST", f"{API}/runs/delete", json={"run_id": run_id})
 
@@ -207,7 +208,7 @@ class MLflowRegistry:
             return found.json()["experiment"]["experiment_id"]
 
     def _history(self, experiment: str, tenant: str) -> list[tuple[int, str, dict[str, str]]]:
-        """(start in ms, run id, params) of a tenant's latest promotions, newest first."""
+        """(start in ms, run id, tags) of a tenant's latest promotions, newest first."""
         query = {
             "experiment_ids": [experiment],
             "filter": f"tags.tenant = '{tenant}' and attributes.status != 'FAILED'",  # a gate held those back
@@ -219,7 +220,7 @@ class MLflowRegistry:
             (
                 int(run["info"]["start_time"]),
                 run["info"]["run_id"],
-                {param["key"]: param["value"] for param in run["data"].get("params", [])},
+                {tag["key"]: tag["value"] for tag in run["data"].get("tags", [])},
             )
             for run in runs
         ]

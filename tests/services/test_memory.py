@@ -174,7 +174,7 @@ def test_an_alias_moved_by_hand_is_written_to_the_history_once(tmp_path: Path) -
         experiment = store.client.get_experiment_by_name("promotions")
         assert experiment is not None
         runs = store.client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
-        moves = [(run.data.params["from"], run.data.params["to"]) for run in runs]
+        moves = [(run.data.tags["from"], run.data.tags["to"]) for run in runs]
         assert moves == [("none", first), (first, second)], "once, whichever instance saw it first"
         assert all(run.data.tags["tenant"] == "lamps" for run in runs)
 

@@ -93,7 +93,7 @@ def test_a_challenger_that_flips_answers_is_held_back_with_the_pictures(registry
     promote.main(registry.config, "lamps", pictures=pictures, force=True, why="dark is bright now")
     assert registry.champion == second
     newest = registry.client.search_runs([experiment.experiment_id], max_results=1)[0]
-    assert (newest.data.params["forced"], newest.data.params["failed_gates"]) == ("True", "agreement")
+    assert (newest.data.tags["forced"], newest.data.tags["failed_gates"]) == ("True", "agreement")
 
 
 def test_where_nothing_is_packed_the_golden_pictures_are_asked(registry: Registry) -> None:
