@@ -45,9 +45,9 @@ test-load: .venv/.stamp-dev
 bench-serving: .venv/.stamp-dev .peers/litserve/.stamp .peers/mlserver/.stamp
 	python -m benchmarks.serving --peers
 
-.peers/%/.stamp: constraints.txt
+.peers/%/.stamp: benchmarks/peers/%.txt
 	$(PYTHON) -m venv .peers/$*
-	.peers/$*/bin/pip install --quiet -c constraints.txt $* numpy onnxruntime opencv-python-headless simplejpeg
+	.peers/$*/bin/pip install --quiet -r $<
 	touch $@
 
 # A thousand swaps under load (5 minutes).

@@ -56,7 +56,9 @@ class App:
     """The ASGI application. What runs (follower, workers) starts and ends with the ASGI lifespan."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.metrics = settings, Metrics()
+        self.settings, self.metrics, self.in_flight = settings, Metrics(), 0
+        self.metrics.in_flight.set_function(lambda: self.in_flight)
+        self.tally = Tally(self.metrics, AccessLog() if settings.access_log else None)
         self.models = Models(settings.memory_mb * 2**20, settings.pinned)
         self.tenants = Tenants(settings.tenants)
         registry = (
@@ -67,9 +69,8 @@ class App:
         given = (settings.poll_interval_s, settings.max_batch, frozenset(settings.only))
         self.follower = Follower(registry, self.models, self.metrics, *given)
         self.draining = asyncio.Event()
-        self.pages = pages(self.models, self.follower, self.metrics, self.tenants, settings, self.draining)
+        self.pages = pages(self.models, self.follower, self.metrics, self.tally, self.tenants, settings, self.draining)
         self.scheduler: Scheduler
-        self.tally: Tally
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -85,8 +86,6 @@ class App:
         self.scheduler = Scheduler(
             given.workers, given.max_batch, given.max_batch_ms, given.max_queue_ms, given.max_pixels, self.metrics
         )
-        access = AccessLog() if given.access_log else None
-        self.tally = Tally(self.metrics, access)
         self.follower.start()
         watch = asyncio.create_task(self._watch_tenants())
         await send({"type": "lifespan.startup.complete"})
@@ -94,8 +93,7 @@ class App:
         watch.cancel()
         await asyncio.to_thread(self.follower.stop)
         await asyncio.to_thread(self.scheduler.close)
-        if access:
-            access.close()
+        await asyncio.to_thread(self.tally.close)
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _watch_tenants(self) -> None:
@@ -110,7 +108,7 @@ class App:
 
     async def _answer(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(*route, scope, dict(scope["headers"]))
-        self.metrics.in_flight.inc()
+        self.in_flight += 1
         status = 500
         try:
             data, extra = await self._serve(exchange, receive)
@@ -121,16 +119,16 @@ class App:
             log.exception("request %s failed", exchange.request_id)
             data, extra = orjson.dumps({"error": f"internal error; request id {exchange.request_id}"}), [JSON]
         finally:
-            self.metrics.in_flight.dec()
+            self.in_flight -= 1
         if len(data) > LONG_ANSWER and (shrunk := bodies.compress(data, exchange.headers.get(b"accept-encoding", b""))):
             data = shrunk[0]
             extra.append(shrunk[1])
         if self.draining.is_set():
             extra.append(bodies.CLOSE)
         extra += [(b"content-length", b"%d" % len(data)), (b"x-request-id", exchange.request_id.encode("latin-1"))]
-        self.tally.count(exchange, status, len(data))
         await send({"type": "http.response.start", "status": status, "headers": extra})
         await send({"type": "http.response.body", "body": data})
+        self.tally.note(exchange, status, len(data))
 
     async def _serve(self, exchange: Exchange, receive: Receive) -> tuple[bytes, Headers]:
         """The answer's body and headers. Everything before the body is read is cheap."""
@@ -144,7 +142,7 @@ class App:
         self.scheduler.check(exchange.tenant)
         with self.tenants.admit(exchange.tenant, size) as quota:
             exchange.quota = quota
-            body = await bodies.read(receive, headers, limit, self.settings.body_timeout_s)
+            body = await bodies.read(receive, headers, limit)
             if exchange.action == "infer":
                 return await self._infer(exchange, body)
             pictures, names = bodies.pictures(body, headers, self.settings.max_pictures)

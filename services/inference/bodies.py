@@ -29,13 +29,12 @@ def announced(headers: dict[bytes, bytes], limit: int) -> int:
     return size
 
 
-async def read(receive: Receive, headers: dict[bytes, bytes], limit: int, timeout_s: float) -> bytes:
-    """The whole body, decompressed. Raises TooLarge, RequestTimeout, BadRequest."""
+async def read(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
+    """The whole body, decompressed; connections.py limits its time. Raises TooLarge, RequestTimeout, BadRequest."""
     try:
-        async with asyncio.timeout(timeout_s):
-            body = await _read(receive, limit)
+        body = await _read(receive, limit)
     except TimeoutError:
-        raise RequestTimeout(f"the body did not come within {timeout_s:g} s", CLOSE) from None
+        raise RequestTimeout("the body did not come in time", CLOSE) from None
     coding = headers.get(b"content-encoding", b"identity").strip().lower()
     if coding not in WINDOW or not body:
         return body

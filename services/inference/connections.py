@@ -1,23 +1,89 @@
-"""uvicorn, hardened: connections that never ask are closed, and SIGTERM first stops being ready, then stops."""
+"""uvicorn, hardened: idle connections are closed, bodies have their time, and SIGTERM first stops being ready, then stops."""
 
 import asyncio
 import math
 import resource
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, MutableMapping
 from types import FrameType
+from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from services.inference.settings import Settings
 
 OWN_FILES = 512  # descriptors kept for what isn't a connection
 
 
-def protocol(header_timeout_s: float) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol with a time limit for each request's headers, the first as well as the next on the connection.
+class Exchanged:
+    """One request's way through the application: its body within a time limit, its answer in one write.
+
+    uvicorn writes head and body apart: two calls into the kernel here, and two awakenings of the client.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle, app: Any, body_timeout_s: float) -> None:
+        self.cycle, self.app, self.body_timeout_s = cycle, app, body_timeout_s
+        self.deadline: float | None = None
+        self.head: MutableMapping[str, Any] | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, self.receive, self.send)
+
+    async def receive(self) -> Any:
+        """Raises TimeoutError."""
+        cycle = self.cycle
+        if cycle.response_complete or not cycle.more_body:  # nothing to wait for, or the client's going
+            return await cycle.receive()
+        if self.deadline is None:
+            self.deadline = time.monotonic() + self.body_timeout_s
+        async with asyncio.timeout(self.deadline - time.monotonic()):
+            return await cycle.receive()
+
+    async def send(self, message: Any) -> None:
+        cycle, head = self.cycle, self.head
+        if message["type"] == "http.response.start":
+            self.head = message
+            return
+        if head is not None:
+            self.head = None
+            whole = self._whole(head, message)
+            if whole is not None and not cycle.flow.write_paused and not cycle.disconnected:
+                cycle.response_started = cycle.response_complete = True
+                cycle.transport.write(whole)
+                cycle.message_event.set()
+                if not cycle.keep_alive:
+                    cycle.transport.close()
+                cycle.on_response()
+                return
+            await cycle.send(head)  # type: ignore[arg-type]
+        await cycle.send(message)
+
+    def _whole(self, head: MutableMapping[str, Any], message: Any) -> bytes | None:
+        """Head and body of an answer that is one piece of known length; None where it must go uvicorn's way."""
+        cycle, body = self.cycle, message.get("body", b"")
+        if message.get("more_body") or cycle.scope["method"] == "HEAD" or cycle.waiting_for_100_continue:
+            return None
+        lines, length = [STATUS_LINE[head["status"]]], None
+        for name, value in (*cycle.default_headers, *head["headers"]):
+            if b"\n" in value or b"\r" in value or name == b"transfer-encoding":
+                return None
+            if name == b"content-length":
+                length = value
+            elif name == b"connection":
+                cycle.keep_alive = cycle.keep_alive and value != b"close"
+                continue
+            lines += (name, b": ", value, b"\r\n")
+        if length != b"%d" % len(body):
+            return None
+        lines += (b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)
+        return b"".join(lines)
+
+
+def protocol(header_timeout_s: float, body_timeout_s: float) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol with time limits for each request's body and headers, the first as well as the next on the connection.
 
     uvicorn itself limits the pause between two requests, not the first header: half-open connections would stay for ever.
     """
@@ -47,6 +113,9 @@ def protocol(header_timeout_s: float) -> type[HttpToolsProtocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._header_came()
             super().connection_lost(exc)
+
+        def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+            super()._start_asgi_task(cycle, Exchanged(cycle, app, body_timeout_s))
 
         def _expect_header(self) -> None:
             self.deadline = self.loop.call_later(header_timeout_s, self._give_up)
@@ -92,7 +161,7 @@ def run(app: object, settings: Settings, draining: Callable[[], None]) -> None:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http=protocol(settings.header_timeout_s),
+        http=protocol(settings.header_timeout_s, settings.body_timeout_s),
         ws="none",
         access_log=False,
         log_config=None,

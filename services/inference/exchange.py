@@ -1,8 +1,8 @@
 """One inference request on its way through the service: what its path and headers ask for, and what became of it."""
 
 import contextlib
+import random
 import time
-import uuid
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,9 @@ from services.inference.tenants import Quota
 
 Scope = MutableMapping[str, Any]
 Route = tuple[str, str, str | None]  # action, name, version
+
+NO_QUOTA = Quota()
+DRAWN = random.Random()  # noqa: S311 (a request's id is no secret; the system's source of randomness costs a call into the kernel)
 
 
 def route_of(path: str) -> Route | None:
@@ -28,7 +31,7 @@ def route_of(path: str) -> Route | None:
     return None
 
 
-@dataclass
+@dataclass(slots=True)
 class Exchange:
     """action: "classify", "features" or "infer"; name: tenant[@alias]; wanted: the version in the path."""
 
@@ -41,12 +44,15 @@ class Exchange:
     deadline: float = 0.0
     served: Served | None = None
     alias: str = ""
-    quota: Quota = field(default_factory=Quota)
+    quota: Quota = NO_QUOTA
     timings: dict[str, float] = field(default_factory=dict)
+    request_id: str = ""
 
     def __post_init__(self) -> None:
         given = self.headers.get(b"x-request-id", b"").decode("latin-1")[:128]
-        self.request_id = given if given and given.isascii() and given.isprintable() else uuid.uuid4().hex
+        self.request_id = (
+            given if given and given.isascii() and given.isprintable() else f"{DRAWN.getrandbits(128):032x}"
+        )
 
     @property
     def tenant(self) -> str:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from services.inference import openapi, protocol
+from services.inference import bodies, openapi, protocol
 from services.inference.aliases import CHAMPION, Wanted
 from services.inference.errors import BadRequest, NotFound, Refused, ServiceError, Unavailable, Unsupported
 from services.inference.follower import Follower
@@ -21,6 +21,7 @@ from services.inference.metrics import Metrics
 from services.inference.models import Cold, Models, Served
 from services.inference.registry import RegistryDown
 from services.inference.settings import Settings
+from services.inference.tally import Tally
 from services.inference.tenants import ANYBODY, Tenants
 
 STATIC = Path(__file__).with_name("static")
@@ -36,6 +37,7 @@ GUARDED = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-cache",
 }
+SMALL_BODY = 64 * 1024  # bytes of JSON that these paths may be sent
 EXTENSIONS = ["binary_tensor_data", "classification", "model_repository", "model_configuration", "statistics"]
 
 
@@ -47,11 +49,12 @@ class Pages:
         models: Models,
         follower: Follower,
         metrics: Metrics,
+        tally: Tally,
         tenants: Tenants,
         settings: Settings,
         draining: asyncio.Event,
     ) -> None:
-        self.models, self.follower, self.metrics = models, follower, metrics
+        self.models, self.follower, self.metrics, self.tally = models, follower, metrics, tally
         self.tenants, self.settings, self.draining = tenants, settings, draining
 
     async def playground(self, request: Request) -> Response:
@@ -67,6 +70,7 @@ class Pages:
         return JSONResponse(openapi.document(version("bit-mlops")))
 
     async def scrape(self, request: Request) -> Response:
+        await asyncio.to_thread(self.tally.count)
         data = await asyncio.to_thread(generate_latest, self.metrics.registry)
         return Response(data, media_type=CONTENT_TYPE_LATEST)
 
@@ -100,6 +104,7 @@ class Pages:
         return JSONResponse(protocol.config(served, name, self.settings.max_batch))
 
     async def statistics(self, request: Request) -> Response:
+        await asyncio.to_thread(self.tally.count)
         if "name" in request.path_params:
             served, name = await self._served(request)
             return JSONResponse({"model_stats": [protocol.statistics(served, name)]})
@@ -203,10 +208,16 @@ class Pages:
 
 
 def pages(
-    models: Models, follower: Follower, metrics: Metrics, tenants: Tenants, settings: Settings, draining: asyncio.Event
+    models: Models,
+    follower: Follower,
+    metrics: Metrics,
+    tally: Tally,
+    tenants: Tenants,
+    settings: Settings,
+    draining: asyncio.Event,
 ) -> Starlette:
     """The application behind every path that isn't an inference."""
-    own = Pages(models, follower, metrics, tenants, settings, draining)
+    own = Pages(models, follower, metrics, tally, tenants, settings, draining)
     unsupported = [
         Route(path, own.does_not_apply, methods=["GET", "POST"])
         for path in ("/v2/trace/setting", "/v2/models/{name}/trace/setting", "/v2/logging")
@@ -243,7 +254,7 @@ def pages(
 
 async def _json(request: Request) -> dict[str, Any]:
     """The request's small JSON object; an empty body is an empty one."""
-    body = await request.body()
+    body = await bodies.read(request.receive, dict(request.scope["headers"]), SMALL_BODY)
     try:
         told = orjson.loads(body) if body else {}
     except orjson.JSONDecodeError as error:

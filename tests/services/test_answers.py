@@ -101,3 +101,18 @@ def test_each_request_is_one_line_of_the_access_log(lamps: Service) -> None:
     assert (told["tenant"], told["status"], told["trace_id"]) == ("lamps", 200, trace)
     assert {"queue_ms", "decode_ms", "infer_ms", "ms", "version", "path"} <= set(told)
     assert by_id["mine-2"]["status"] == 404
+
+
+def test_the_pages_bodies_are_limited_too(lamps: Service) -> None:
+    answer = lamps.http.post("/v2/repository/index", content=b"[" * 100_000)
+    assert answer.status_code == 413
+    assert "65,536 bytes" in answer.json()["error"]
+
+
+def test_an_answer_that_is_no_single_piece_comes_whole(lamps: Service) -> None:
+    """HEAD, a file, and a request whose client waits for 100 Continue go uvicorn's own way."""
+    assert lamps.http.head("/").headers["content-length"]
+    assert lamps.http.head("/").content == b""
+    assert len(lamps.http.get("/static/playground.js").content) > 1000
+    told = lamps.http.post("/v1/lamps/classify", content=gray_png(10), headers={"expect": "100-continue"})
+    assert told.json()["predictions"][0]["class"] == "dark"
