@@ -34,6 +34,7 @@ def _mlserver(python: str, folder: Path, port: int) -> list[str]:
         "http_port": port,
         "grpc_port": port + 1,
         "metrics_port": port + 2,
+        "metrics_dir": str(folder),
         "host": "127.0.0.1",
         "parallel_workers": 2,
         "debug": False,
