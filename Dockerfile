@@ -27,20 +27,25 @@ ARG PIP_NO_INDEX
 # An argument ends with its stage, a variable is inherited.
 ENV PIP_NO_INDEX=${PIP_NO_INDEX} PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS=/wheels
 COPY docker/install /src/
-COPY docker/requirements /src/requirements
+COPY docker/requirements/build.txt /src/requirements/
 
+# Each takes its own lock files, so that a new one of another image leaves its packages in the cache.
 FROM packages AS inference-packages
+COPY docker/requirements/services.txt /src/requirements/
 RUN --mount=type=bind,from=wheels,target=/wheels /src/install services
 
 FROM packages AS training-packages
 ARG TORCH
+COPY docker/requirements/training.txt docker/requirements/torch.txt /src/requirements/
 RUN --mount=type=bind,from=wheels,target=/wheels /src/install training "${TORCH}"
 
 FROM packages AS xla-packages
 ARG TORCH_XLA
+COPY docker/requirements/training.txt docker/requirements/torch-xla.txt /src/requirements/
 RUN --mount=type=bind,from=wheels,target=/wheels /src/install training "${TORCH_XLA}"
 
 FROM packages AS mlflow-packages
+COPY docker/requirements/mlflow.txt /src/requirements/
 RUN --mount=type=bind,from=wheels,target=/wheels /src/install mlflow
 
 # The project itself, unpacked into /app: the one layer that a change of the code makes anew.

@@ -6,18 +6,19 @@ Base and images are kept in ${XDG_CACHE_HOME:-~/.cache}/bit-images; a target is 
 """
 
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bit-images"
-STORAGE = ("--root", str(CACHE / "storage"), "--runroot", str(CACHE / "run"), "--storage-driver", "vfs")
 BASE = "localhost/bit-base:12"
 TOOLS = ("buildah", "debootstrap", "runc")
 COPIED = ("Dockerfile", ".dockerignore", "docker", "pyproject.toml", "README.md", "LICENSE", "services", "training")
@@ -30,9 +31,28 @@ def lacking() -> list[str]:
     return [tool for tool in TOOLS if shutil.which(tool) is None] + ([] if os.geteuid() == 0 else ["root"])
 
 
+@functools.cache
+def storage() -> tuple[str, ...]:
+    """buildah's options for where images are kept: by overlay where this machine can (a container is made at once, an image
+    keeps what differs), else as plain folders, of which each is a whole copy.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as probe:
+        lower, upper, work, merged = folders = [Path(probe, name) for name in ("lower", "upper", "work", "merged")]
+        for folder in folders:
+            folder.mkdir()
+        options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+        mount = ["mount", "-t", "overlay", "overlay", "-o", options, str(merged)]
+        overlay = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+        if overlay:
+            subprocess.run(["umount", str(merged)], check=True)
+    driver = "overlay" if overlay else "vfs"
+    return ("--root", str(CACHE / driver), "--runroot", str(CACHE / f"run-{driver}"), "--storage-driver", driver)
+
+
 def buildah(*arguments: str) -> str:
     """Runs buildah on the storage of this module; its standard output."""
-    done = subprocess.run(["buildah", *STORAGE, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(["buildah", *storage(), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(
             f"buildah {arguments[0]} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}"
@@ -41,7 +61,7 @@ def buildah(*arguments: str) -> str:
 
 
 def exists(image: str) -> bool:
-    command = ["buildah", *STORAGE, "inspect", "--type", "image", "--format", "{{.FromImageID}}", image]
+    command = ["buildah", *storage(), "inspect", "--type", "image", "--format", "{{.FromImageID}}", image]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
@@ -95,7 +115,7 @@ def build(target: str, context: Path = ROOT, revision: str = "test") -> str:
         if exists(image):
             return image
         arguments = [
-            "bud", "--quiet", "--isolation", "chroot", "--format", "docker", "--target", target,
+            "bud", "--quiet", "--layers", "--isolation", "chroot", "--format", "docker", "--target", target,
             "--tag", image, "--build-arg", f"BASE={base()}", "--build-arg", "PIP_NO_INDEX=1",
             "--build-arg", f"REVISION={revision}", "--build-arg", f"TORCH={TORCH}",
             "--build-context", f"wheels={wheels()}", str(context),
