@@ -6,7 +6,7 @@ MLFLOW_PORT ?= 5000
 TORCH ?= torch==2.13.0
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo serve test test-load bench-autoscaling test-autoscaling test-cluster lint bench bench-serving bench-swaps clean test-images lock
+.PHONY: setup demo serve test test-load bench-autoscaling test-autoscaling test-cluster lint bench bench-serving bench-swaps clean test-images test-node test-charts lock
 
 setup: .venv/.stamp
 
@@ -57,6 +57,14 @@ bench-swaps: .venv/.stamp-dev
 # Builds inference and training-cpu and starts them: as root, with buildah, debootstrap and runc.
 test-images: .venv/.stamp-dev
 	pytest -m heavy tests/images
+
+# The chart on a real node, from the project's own image: as test-images, and ../shared/k8s, containerd, CNI plugins and nftables.
+test-node: .venv/.stamp-dev
+	pytest -m heavy tests/operations
+
+# The charts as processes: an upgrade under load; charts/mlflow over SQLite and a folder, over Postgres (Debian's, as root) and S3 (moto).
+test-charts: .venv/.stamp-dev
+	pytest -m heavy tests/charts
 
 # Locks the packages of the images anew.
 lock:

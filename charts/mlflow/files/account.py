@@ -1,35 +1,28 @@
-"""Makes bit-serve's account and lets it read every registered model; whatever is there already stays."""
+"""Makes bit-serve's account, which may read every registered model, those to come too; later: gives it the Secret's password."""
 
 import os
 import sys
 
 import httpx
 
-API = "api/2.0/mlflow"
 server = httpx.Client(
-    base_url=os.environ["MLFLOW_TRACKING_URI"].rstrip("/") + "/",
+    base_url=os.environ["MLFLOW_TRACKING_URI"],
     auth=(os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]),
     timeout=30,
 )
-user = os.environ["SERVICE_USERNAME"]
+user, password = os.environ["SERVICE_USERNAME"], os.environ["SERVICE_PASSWORD"]
 
 
-def once(path: str, **body: str) -> None:
-    """Makes something, or finds it made."""
-    answer = server.post(f"{API}/{path}", json=body)
-    if answer.status_code != 200 and answer.json().get("error_code") != "RESOURCE_ALREADY_EXISTS":
+def make(method: str, path: str, **body: str) -> bool:
+    """Whether it was made; False where it was there already."""
+    answer = server.request(method, path, json=body)
+    if answer.status_code != 200 and "RESOURCE_ALREADY_EXISTS" not in answer.text:
         sys.exit(f"{path}: {answer.status_code} {answer.text}")
+    return answer.status_code == 200
 
 
-once("users/create", username=user, password=os.environ["SERVICE_PASSWORD"])
-token, opened = "", 0
-while True:
-    query = {"max_results": 1000, "page_token": token}
-    page = server.get(f"{API}/registered-models/search", params=query).raise_for_status().json()
-    for model in page.get("registered_models", []):
-        once("registered-models/permissions/create", name=model["name"], username=user, permission="READ")
-        opened += 1
-    token = page.get("next_page_token", "")
-    if not token:
-        break
-print(f"{user} may read {opened} registered models")
+if not make("POST", "/api/2.0/mlflow/users/create", username=user, password=password):
+    make("PATCH", "/api/2.0/mlflow/users/update-password", username=user, password=password)
+grant = {"resource_type": "registered_model", "resource_id": "*", "permission": "READ"}
+make("POST", "/api/3.0/mlflow/users/permissions/grant", username=user, **grant)
+print(f"{user} may read every registered model")

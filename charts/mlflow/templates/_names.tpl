@@ -32,7 +32,12 @@ securityContext:
 {{- end -}}
 
 {{- define "mlflow.container" -}}
+{{- /* Image: another one than the server's. */ -}}
+{{- with .Image -}}
+image: {{ . }}
+{{- else -}}
 image: {{ .Values.image.repository }}{{ with .Values.image.digest }}@{{ . }}{{ else }}:{{ default .Chart.AppVersion .Values.image.tag }}{{ end }}
+{{- end }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
 securityContext:
   allowPrivilegeEscalation: false
@@ -49,6 +54,21 @@ resources: {{- toYaml .Values.resources | nindent 2 }}
   {{- else }}
   value: sqlite:////data/mlflow.db
   {{- end }}
+{{- end -}}
+
+{{- /* Where accounts are: beside the rest in Postgres, or in a file of their own. */ -}}
+{{- define "mlflow.accounts" -}}
+- name: ACCOUNTS_URI
+  {{- if .Values.database.existingSecret }}
+  valueFrom: {secretKeyRef: {name: {{ .Values.database.existingSecret }}, key: uri}}
+  {{- else }}
+  value: sqlite:////data/accounts.db
+  {{- end }}
+{{- end -}}
+
+{{- /* Whether the server itself needs the volume; any text is yes. */ -}}
+{{- define "mlflow.local" -}}
+{{- if or (eq .Values.database.existingSecret "") (not (contains "://" .Values.artifacts.destination)) -}}yes{{- end -}}
 {{- end -}}
 
 {{- define "mlflow.hosts" -}}
