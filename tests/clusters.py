@@ -6,7 +6,9 @@ skipped; what the kit can do stands in its README.
 
 import json
 import os
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KIT = Path(os.environ.get("BIT_K8S_KIT", ROOT.parent / "shared" / "k8s"))
+# Starts a process that outlives this one: python -c ORPHAN LOG COMMAND…; prints its id.
+ORPHAN = """
+import subprocess, sys
+with open(sys.argv[1], "ab") as log:
+    to = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+    print(subprocess.Popen(sys.argv[2:], start_new_session=True, **to).pid)
+"""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,31 @@ class Cluster:
     def get(self, *arguments: str) -> Any:
         """`kubectl get … -o json`, parsed."""
         return json.loads(self.kubectl("get", *arguments, "-o", "json"))
+
+    @contextmanager
+    def api_server_down(self, how: signal.Signals) -> Iterator[None]:
+        """The API server does not answer (SIGSTOP), or is gone and starts anew at the end (SIGKILL)."""
+        records = json.loads((self.state / "processes.json").read_text())
+        [record] = [one for one in records if one["name"] == "kube-apiserver"]
+        process = Path("/proc", str(record["pid"]))
+        command = (process / "cmdline").read_text().split("\0")[:-1]
+        os.kill(record["pid"], how)
+        try:
+            yield
+        finally:
+            if how == signal.SIGSTOP:
+                os.kill(record["pid"], signal.SIGCONT)
+            else:
+                wait_for(lambda: not (process / "cmdline").exists() or not (process / "cmdline").read_text())
+                started = subprocess.run(
+                    [sys.executable, "-c", ORPHAN, str(self.state / "kube-apiserver.log"), *command],
+                    cwd=self.state, stdout=subprocess.PIPE, text=True, check=True,
+                )  # fmt: skip
+                pid = int(started.stdout)
+                start = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[19]
+                record |= {"pid": pid, "start": start}  # `down` ends what stands there
+                (self.state / "processes.json").write_text(json.dumps(records))
+        wait_for(lambda: "ok" in self.kubectl("get", "--raw", "/readyz", status=None))
 
     def load(self, archive: Path) -> None:
         """An image archive into the real node."""

@@ -177,22 +177,40 @@ class ExportConfig(Section):
     )
 
 
-class ClusterConfig(Section):
-    """Where and how `runner: kubernetes` and `bit submit` run pretrain and finetune. How, not what: no result depends on it."""
+class NodesConfig(Section):
+    """What the pods of one stage run on."""
 
-    context: str | None = Field(None, description="context of the kubeconfig; default: the current one")
-    namespace: str = "bit"
-    image: str | None = Field(None, description="training image, by digest")
-    store: str | None = Field(None, description="URL below which jobs leave their results, as s3://bucket/store")
-    remote: str | None = Field(None, description="URL of the DVC remote that pods read packed pictures from")
-    tracking_uri: str | None = Field(None, description="MLflow as pods reach it; default: the project's tracking_uri")
-    queue: str | None = Field("training", description="Kueue's LocalQueue; null where there is no Kueue")
     pool: Literal["gpu", "gpu-spot", "tpu", "cpu"] = Field("gpu", description="kind of nodes")
     node_selector: dict[str, str] = Field({}, description="labels that the nodes must have beside the pool's own")
     workers: Positive = Field(1, description="pods")
     devices: Positive = Field(1, description="GPUs, TPU chips or, on the pool cpu, processes per pod")
     cpu: str = Field("8", description="processors per pod")
     memory: str = Field("32Gi", description="memory per pod")
+
+
+class ClusterConfig(Section):
+    """Where and how `runner: kubernetes` and `bit submit` run pretrain and finetune. How, not what: no result depends on it."""
+
+    context: str | None = Field(None, description="context of the kubeconfig; default: the current one")
+    namespace: str = Field("bit", description="namespace of the jobs")
+    tenant_namespace: str | None = Field(
+        None, pattern=r"\{tenant\}", description="namespace of a tenant's jobs, as bit-{tenant}; default: namespace"
+    )
+    image: str | None = Field(None, description="training image, by digest")
+    store: str | None = Field(None, description="URL below which jobs leave their results, as s3://bucket/store")
+    remote: str | None = Field(None, description="URL of the DVC remote that pods read packed pictures from")
+    tracking_uri: str | None = Field(None, description="MLflow as pods reach it; default: the project's tracking_uri")
+    queue: str | None = Field("training", description="Kueue's LocalQueue; null where there is no Kueue")
+    pretrain: NodesConfig = NodesConfig()
+    finetune: NodesConfig = NodesConfig()
+
+    def namespace_of(self, tenant: str | None) -> str:
+        """Where the jobs of a tenant, or of upstream training, run."""
+        return self.tenant_namespace.format(tenant=tenant) if tenant and self.tenant_namespace else self.namespace
+
+    def nodes(self, stage: str) -> NodesConfig:
+        """What the pods of `pretrain` or `finetune` run on."""
+        return {"pretrain": self.pretrain, "finetune": self.finetune}[stage]
 
 
 class PromoteConfig(Section):

@@ -47,12 +47,14 @@ def load(root: Path = Path(), tenant: str | None = None, overrides: Iterable[str
         raise ConfigError(explain(error)) from None
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, section by section; a section that is null counts as empty."""
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], model: type[BaseModel] = Config) -> dict[str, Any]:
+    """`over` laid on `base`, section by section as `model` has them; a section that is null counts as empty."""
     merged = dict(base)
     for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = {**old, **(value or {})} if isinstance(old, dict) and isinstance(value, dict | None) else value
+        field, old = model.model_fields.get(key), merged.get(key)
+        inner = field.annotation if field else None
+        section = isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(old, dict)
+        merged[key] = merge(old, value or {}, inner) if section and isinstance(value, dict | None) else value  # type: ignore[arg-type]
     return merged
 
 
@@ -91,13 +93,15 @@ def _choices(given: str, known: Iterable[str]) -> str:
 def _override(text: str) -> dict[str, Any]:
     path, separator, value = text.partition("=")
     keys = path.strip().split(".")
-    if not separator or not all(keys) or len(keys) > 2:
+    if not separator or not all(keys) or len(keys) > 3:
         raise ConfigError(f"--set {text!r}: write section.key=value, as in --set pretrain.steps=100.")
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text!r}: the value is not YAML ({error}).") from None
-    return {keys[0]: parsed} if len(keys) == 1 else {keys[0]: {keys[1]: parsed}}
+    for key in reversed(keys):
+        parsed = {key: parsed}
+    return parsed
 
 
 def _read(path: Path) -> dict[str, Any]:

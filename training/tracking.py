@@ -171,9 +171,9 @@ def git_commit() -> str:
 
 
 def cluster_tags() -> dict[str, str]:
-    """Which job, pod, node and image a run comes from; the pod's manifest sets these. Empty anywhere else."""
-    names = {"BIT_JOB": "k8s.job", "BIT_POD": "k8s.pod", "BIT_NODE": "k8s.node", "BIT_IMAGE": "k8s.image"}
-    return {tag: os.environ[name] for name, tag in names.items() if name in os.environ}
+    """Which job, pod, node, pool and image a run comes from; the pod's manifest sets these (BIT_JOB, …). Empty anywhere else."""
+    names = ("job", "pod", "pod_uid", "node", "pool", "image")
+    return {f"k8s.{name}": os.environ[key] for name in names if (key := f"BIT_{name.upper()}") in os.environ}
 
 
 def dvc_md5(path: Path) -> str:

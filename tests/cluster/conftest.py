@@ -8,7 +8,8 @@ import pytest
 from tests import clusters
 from tests.clusters import Cluster
 
-K8S = Path(__file__).parents[2] / "k8s"
+ROOT = Path(__file__).parents[2]
+K8S = ROOT / "k8s"
 VOLUME = """
 apiVersion: v1
 kind: PersistentVolume

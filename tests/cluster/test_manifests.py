@@ -13,7 +13,7 @@ from tests.cluster.conftest import K8S
 from tests.clusters import Cluster, wait_for
 from tests.conftest import draw_folder
 from training.cluster.manifests import ManifestError, Object, Order, check, read, render
-from training.config import ClusterConfig
+from training.config import ClusterConfig, NodesConfig
 
 ROOT = K8S.parent
 JOBS = ("pretrain", "pretrain-tpu", "pretrain-tpu-multihost", "finetune")
@@ -111,6 +111,15 @@ def test_every_training_pod_is_hardened(job: str) -> None:
     assert not [one for one in container["env"] if "secretKeyRef" in str(one.get("value", ""))]
 
 
+def test_torchrun_leaves_ranks_time_for_a_checkpoint_and_finds_new_pods_at_once() -> None:
+    for name in JOBS:
+        _, made = read(K8S / f"{name}.yaml")
+        pod = made["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+        env = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
+        assert 60 <= int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] or 0) < pod["terminationGracePeriodSeconds"]
+        assert "elasticPolicy" not in made["spec"] or env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
 def misspelt(job: Object) -> None:
     pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
     pod["tolerationz"] = pod.pop("tolerations")
@@ -130,6 +139,15 @@ def wrong_resource(job: Object) -> None:
     pod["containers"][0]["resources"]["limits"]["nvidia.com/gpus"] = "1"
 
 
+def nameless(job: Object) -> None:
+    del job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["name"]
+
+
+def misspelt_env(job: Object) -> None:
+    container = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
+    container["environment"] = container.pop("env")
+
+
 def wrong_type(job: Object) -> None:
     job["spec"]["nprocPerNode"] = 8
 
@@ -139,22 +157,31 @@ def wrong_type(job: Object) -> None:
     [
         (misspelt, "did you mean 'tolerations'"),
         (two_masters, "there can be only 1"),
-        (renamed, "no container named pytorch"),
+        (renamed, "no container named pytorch, only train"),
+        (nameless, "no container named pytorch, only one without a name"),
+        (misspelt_env, "'environment' is not a key here: did you mean"),
         (wrong_resource, "did you mean 'nvidia.com/gpu'"),
         (wrong_type, "nprocPerNode must be of type str"),
     ],
 )
-def test_an_invalid_edit_is_refused_before_it_reaches_the_cluster(edit: Callable[[Object], None], said: str) -> None:
-    _, job = read(K8S / "pretrain.yaml")
+def test_an_invalid_edit_is_refused_before_it_reaches_the_cluster(
+    edit: Callable[[Object], None], said: str, tmp_path: Path
+) -> None:
+    config_map, job = read(K8S / "pretrain.yaml")
     check(job, "pretrain.yaml")
     edit(job)
+    (tmp_path / "k8s").mkdir()
+    (tmp_path / "k8s" / "pretrain.yaml").write_text(yaml.safe_dump_all([config_map, job]))
     with pytest.raises(ManifestError, match=said):
-        check(job, "pretrain.yaml")
+        render(
+            Order("bit-pretrain-1", "pretrain", None, {}), ClusterConfig(image="x@sha256:1", store="s3://b"), tmp_path
+        )
 
 
 def test_what_is_rendered_says_what_the_order_and_the_cluster_say() -> None:
     order = Order("bit-finetune-digits-1", "finetune", "digits", {"runs/pack/digits/receipt.json": "{}"})
-    given = ClusterConfig(image="x@sha256:1", store="s3://b/s", pool="gpu-spot", devices=2, memory="9Gi", queue=None)
+    nodes = NodesConfig(pool="gpu-spot", devices=2, memory="9Gi")
+    given = ClusterConfig(image="x@sha256:1", store="s3://b/s", finetune=nodes, queue=None)
     config_map, job = render(order, given, ROOT)
     pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
     [container] = pod["containers"]

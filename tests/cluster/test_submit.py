@@ -2,218 +2,241 @@
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
 
-from tests.cluster.conftest import K8S
+from tests.cluster.conftest import K8S, VOLUME
 from tests.cluster.kubelet import Kubelet
+from tests.cluster.projects import CPU, ROOT, TENANT, Command, bit, edit, fresh, project, receipt, run
 from tests.clusters import Cluster, wait_for
-from tests.conftest import draw_folder
-from tests.e2e.test_pipeline import COPIED, PARAMS
+from training import tracking
 
-ROOT = Path(__file__).parents[2]
-HOLD = {"pod-complete.stage.kwok.x-k8s.io/delay": "1h"}  # the test's kubelet says when a pod ends
-
-
-def project(root: Path, runner: str, store: Path, **cluster: object) -> Path:
-    """A fresh repository with one tenant whose pretrain and finetune run on the cluster, or here."""
-    for name in COPIED:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        source = ROOT / name
-        ignore = shutil.ignore_patterns("__pycache__", "pictures*", "dvc.lock", "*.partial", "textures")
-        shutil.copytree(source, root / name, ignore=ignore) if source.is_dir() else shutil.copy(source, root / name)
-    shutil.copytree(K8S, root / "k8s")
-    for path in (root / "k8s").glob("*.yaml"):
-        objects = list(yaml.safe_load_all(path.read_text()))
-        for made in objects:
-            if made["kind"] == "PyTorchJob":
-                made["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["metadata"]["annotations"] = HOLD
-        path.write_text(yaml.safe_dump_all(objects))
-    given = {
-        "runner": runner,
-        "tracking_uri": f"sqlite:///{root}/.mlflow/mlflow.db",
-        "cluster": {
-            "namespace": "bit",
-            "image": "bit-training@sha256:" + "0" * 64,
-            "store": f"file://{store}",
-            "remote": str(root / ".dvc-remote"),
-            "queue": None,
-            "pool": "cpu",
-            "node_selector": {"cloud.google.com/gke-nodepool": "cpu"},
-            "workers": 2,
-            "cpu": "1",
-            "memory": "1Gi",
-            **cluster,
-        },
-    }
-    own = {"pretrain": PARAMS["pretrain"] | {"seed": abs(hash(str(root))) % 1000 if cluster else 0}}
-    (root / "params.yaml").write_text(yaml.safe_dump(PARAMS | own | given))
-    draw_folder(root / "data" / "upstream", classes=4)
-    draw_folder(root / "tenants" / "digits" / "pictures", classes=2, train=6, test=4)
-    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
-    dvc(root, "add", "-q", "data/upstream", "tenants/digits/pictures")
-    return root
+pytestmark = pytest.mark.heavy
+STAGES = ("pretrain", "finetune/digits", "evaluate/digits")
+LONG = {"steps": 300, "checkpoint_every": 20, "evaluate_every": 300}
 
 
-def environment(root: Path, cluster: Cluster | None = None) -> dict[str, str]:
-    return (cluster.environment if cluster else dict(os.environ)) | {
-        "PYTHONPATH": str(root),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fresh(tmp_path_factory.mktemp("template") / "project")
 
 
-def dvc(root: Path, *arguments: str, cluster: Cluster | None = None) -> str:
-    command = [sys.executable, "-m", "dvc", *arguments]
-    done = subprocess.run(
-        command, cwd=root, env=environment(root, cluster), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def bit(root: Path, cluster: Cluster, *arguments: str, status: int = 0) -> str:
-    command = [sys.executable, "-m", "training", *arguments]
-    done = subprocess.run(
-        command, cwd=root, env=environment(root, cluster), capture_output=True, text=True, timeout=180, check=False
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-@pytest.fixture
-def kubelet(prepared: Cluster, tmp_path: Path) -> Iterator[Kubelet]:
-    prepared.kubectl("delete", "pytorchjobs", "--all", "-n", "bit")
-    prepared.kubectl("delete", "pods", "--all", "-n", "bit", "--force", "--grace-period=0")
-    running = Kubelet(prepared, tmp_path / "pods", ROOT)
+@pytest.fixture(scope="module")
+def kubelet(prepared: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubelet]:
+    running = Kubelet(prepared, tmp_path_factory.mktemp("pods"), ROOT)
     running.start()
     yield running
     running.stop()
 
 
-def receipt(root: Path, stage: str) -> dict:
-    return json.loads((root / "runs" / stage / "receipt.json").read_text())
+def only_job(cluster: Cluster, seed: int) -> str:
+    """The name of the one job whose upstream training has this seed."""
+    jobs = {made["metadata"]["name"] for made in cluster.get("pytorchjobs", "-n", "bit")["items"]}
+    maps = {made["metadata"]["name"]: made["data"] for made in cluster.get("configmaps", "-n", "bit")["items"]}
+    [name] = [name for name in jobs if f"seed: {seed}\n" in maps[name]["params.yaml"]]
+    return name
 
 
-@pytest.mark.heavy
-def test_dvc_repro_on_the_cluster_gives_what_it_gives_here(prepared: Cluster, kubelet: Kubelet, tmp_path: Path) -> None:
-    there = project(tmp_path / "there", "kubernetes", tmp_path / "store")
-    here = project(tmp_path / "here", "local", tmp_path / "store")
-    dvc(there, "repro", "tenants/digits/dvc.yaml", cluster=prepared)
-    dvc(here, "repro", "tenants/digits/dvc.yaml")
-    for stage in ("pretrain", "finetune/digits", "evaluate/digits"):
+@pytest.fixture(scope="module")
+def tenant_namespace(prepared: Cluster) -> str:
+    """The namespace of the tenant, as a copy of k8s/tenant makes it."""
+    objects = prepared.kubectl("kustomize", str(K8S / "tenant")).replace("acme", TENANT)
+    volume = VOLUME.replace("name: checkpoints", f"name: {TENANT}").replace(
+        "namespace: bit", f"namespace: bit-{TENANT}"
+    )
+    prepared.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=f"{objects}\n---{volume}")
+    return f"bit-{TENANT}"
+
+
+def test_dvc_repro_on_the_cluster_gives_what_it_gives_here(
+    prepared: Cluster, kubelet: Kubelet, template: Path, tenant_namespace: str, tmp_path: Path
+) -> None:
+    given = {"pretrain": CPU | {"workers": 2}, "tenant_namespace": "bit-{tenant}"}
+    there = project(template, tmp_path / "there", tmp_path / "store", seed=1, cluster=given)
+    here = project(template, tmp_path / "here", tmp_path / "store", seed=1, runner="local")
+    target = ("-m", "dvc", "repro", "tenants/digits/dvc.yaml:evaluate")
+    beside = Command(here, None, tmp_path / "here.log", *target)
+    run(there, *target, cluster=prepared)
+    beside.end()
+    for stage in STAGES:
         ours, theirs = receipt(here, stage), receipt(there, stage)
         assert set(theirs) == set(ours)
         for name, value in ours["metrics"].items():
             if not name.endswith("seconds"):
-                assert theirs["metrics"][name] == pytest.approx(value, abs=2e-2), name
-    assert receipt(there, "pretrain")["details"]["job"].startswith("bit-pretrain-")
-    assert receipt(there, "pretrain")["outputs"]["weights"]["uri"].startswith("file://")
-    said = dvc(there, "repro", "tenants/digits/dvc.yaml", cluster=prepared)
-    assert "Running stage" not in said
-    again = bit(there, prepared, "submit", "pretrain")
-    assert "succeeded already; joined" in again
+                assert theirs["metrics"][name] == pytest.approx(value, abs=1e-3), name
+    made = receipt(there, "pretrain")
+    assert made["outputs"]["weights"]["uri"].startswith("file://")
+    [job] = prepared.get("pytorchjobs", "-n", "bit", "-l", f"bit/job={made['details']['job']}")["items"]
+    tags = tracking.connect(f"sqlite:///{there}/.mlflow/mlflow.db").get_run(made["run_id"]).data.tags
+    assert tags["k8s.job"] == job["metadata"]["name"]
+    assert tags["k8s.job_uid"] == made["details"]["job_uid"] == job["metadata"]["uid"]
+    assert tags["k8s.pool"] == "cpu"
+    assert tags["k8s.image"].startswith("bit-training@sha256:")
+    assert tags["k8s.node"].startswith("cpu-")
+    assert tags["dvc.md5"].endswith(".dir")
+    [tuned] = prepared.get("pytorchjobs", "-n", tenant_namespace)["items"]
+    assert receipt(there, "finetune/digits")["details"]["job_uid"] == tuned["metadata"]["uid"]
+    assert tuned["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 1
+    assert tuned["metadata"]["name"] in bit(there, prepared, "jobs")
+    assert "Running stage" not in run(there, *target, cluster=prepared)
+    assert "succeeded already; joined" in bit(there, prepared, "submit", "pretrain")
 
 
-@pytest.mark.heavy
-def test_a_killed_repro_attaches_and_a_killed_worker_resumes(
-    prepared: Cluster, kubelet: Kubelet, tmp_path: Path
+def test_a_killed_repro_attaches_and_lost_workers_resume(
+    prepared: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
 ) -> None:
-    root = project(tmp_path / "p", "kubernetes", tmp_path / "store")
-    text = (
-        (root / "params.yaml")
-        .read_text()
-        .replace("steps: 6", "steps: 400")
-        .replace("checkpoint_every: 4", "checkpoint_every: 20")
-    )
-    (root / "params.yaml").write_text(text)
-    command = [sys.executable, "-m", "dvc", "repro", "pretrain"]
-    first = subprocess.Popen(command, cwd=root, env=environment(root, prepared), start_new_session=True)
-    checkpoints = tmp_path / "pods"
-    wait_for(lambda: bool(list(checkpoints.glob("*/checkpoints/**/step-*"))), 120)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    [job] = prepared.get("pytorchjobs", "-n", "bit")["items"]
-    victim = kubelet.process_of(f"{job['metadata']['name']}-worker-1")
+    two = {"pretrain": CPU | {"workers": 2}}
+    root = project(template, tmp_path / "p", tmp_path / "store", seed=2, pretrain={"seed": 2, **LONG}, cluster=two)
+    first = Command(root, prepared, tmp_path / "first.log", "-m", "dvc", "repro", "pretrain")
+    wait_for(lambda: list(kubelet.folder.glob("*/checkpoints/**/step-*")) or first.process.poll() is not None)
+    job = only_job(prepared, 2)
+    os.killpg(first.process.pid, signal.SIGKILL)
+    first.process.wait()
+    victim = kubelet.container(f"{job}-worker-1")
     assert victim is not None
-    os.killpg(victim.pid, signal.SIGKILL)
-    said = dvc(root, "repro", "pretrain", cluster=prepared)
+    victim.kill()  # restarted in place, as a kubelet does
+    wait_for(lambda: victim.restarts == 1)
+    again = Command(root, prepared, tmp_path / "again.log", "-m", "dvc", "repro", "pretrain")
+    wait_for(lambda: "resumed after step" in kubelet.log(f"{job}-worker-0"))
+    before = prepared.get("pod", f"{job}-worker-1", "-n", "bit")["metadata"]["uid"]
+    prepared.kubectl(
+        "delete", "pod", f"{job}-worker-1", "-n", "bit"
+    )  # SIGTERM, as at a preemption; the operator makes it anew
+    said = again.end()
     assert "joined" in said
     assert "succeeded" in said
-    assert "resumed after step" in kubelet.log(job["metadata"]["name"])
-    assert len(prepared.get("pytorchjobs", "-n", "bit")["items"]) == 1
+    assert prepared.get("pod", f"{job}-worker-1", "-n", "bit")["metadata"]["uid"] != before
+    assert only_job(prepared, 2) == job
+    assert kubelet.log(f"{job}-worker-0").count("resumed after step") >= 2
 
 
-@pytest.mark.heavy
-def test_why_a_job_waits_and_fails_is_told_in_plain_words(prepared: Cluster, kubelet: Kubelet, tmp_path: Path) -> None:
-    root = project(tmp_path / "p", "kubernetes", tmp_path / "store")
-    bit(root, prepared, "pack")
-    bit(root, prepared, "submit", "pretrain", "--dry-run", "--set", "pretrain.seed=3")
-    assert prepared.get("pytorchjobs", "-n", "bit")["items"] == []
-
-    big = bit(
-        root, prepared, "submit", "pretrain", "--detach", "--set", "pretrain.seed=4", "--set", "cluster.cpu='900'"
-    )
-    name = next(word.strip(":") for word in big.split() if word.startswith("bit-pretrain"))
-    watching = subprocess.Popen(
-        [sys.executable, "-m", "training", "attach", name],
-        cwd=root, env=environment(root, prepared), stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert watching.stderr is not None
-    said = ""
-    end = time.monotonic() + 60
-    while "has enough cpu" not in said and time.monotonic() < end:
-        said += watching.stderr.readline()
-    assert "no node of the pool gke-nodepool=cpu has enough cpu (asks for 900)" in said
-    watching.send_signal(signal.SIGINT)
-    assert watching.wait(30) == 130
-    assert f"bit attach {name}" in watching.stderr.read()
-    assert name in bit(root, prepared, "jobs")
-    bit(root, prepared, "cancel", name)
-
-    wrong = ("--set", "pretrain.seed=5", "--set", "pretrain.resize=20", "--set", "pretrain.crop=32")
-    failed = bit(root, prepared, "submit", "pretrain", *wrong, "--set", "cluster.workers=1", status=2)
-    assert "crop=32 is larger than resize=20" in failed
-    assert "--retry" in failed
-
-
-@pytest.mark.heavy
-def test_the_watch_outlives_the_api_server(prepared: Cluster, kubelet: Kubelet, tmp_path: Path) -> None:
-    root = project(tmp_path / "p", "kubernetes", tmp_path / "store")
-    bit(root, prepared, "pack")
-    command = [sys.executable, "-m", "training", "submit", "pretrain", "--set", "pretrain.seed=6"]
-    watching = subprocess.Popen(command, cwd=root, env=environment(root, prepared), stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: bool(prepared.get("pytorchjobs", "-n", "bit")["items"]), 60)
-    processes = json.loads((prepared.state / "processes.json").read_text())
-    [server] = [one["pid"] for one in processes if "apiserver" in json.dumps(one)][:1]
-    os.kill(server, signal.SIGSTOP)
-    time.sleep(8)
-    os.kill(server, signal.SIGCONT)
-    assert watching.wait(180) == 0
-    assert (root / "runs" / "pretrain" / "receipt.json").is_file()
-
-
-@pytest.mark.heavy
-def test_two_people_at_once_get_one_job_and_a_job_that_is_gone_is_not_run_again(
-    prepared: Cluster, kubelet: Kubelet, tmp_path: Path
+def test_why_a_job_waits_and_fails_is_told_in_plain_words(
+    prepared: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
 ) -> None:
-    root = project(tmp_path / "p", "kubernetes", tmp_path / "store", workers=1)
-    bit(root, prepared, "pack")
-    command = [sys.executable, "-m", "training", "submit", "pretrain"]
-    both = [subprocess.Popen(command, cwd=root, env=environment(root, prepared)) for _ in range(2)]
-    assert [one.wait(180) for one in both] == [0, 0]
-    [job] = prepared.get("pytorchjobs", "-n", "bit")["items"]
+    root = project(template, tmp_path / "p", tmp_path / "store", seed=3)
+    edit(root, lambda job: job["spec"]["runPolicy"].update(backoffLimit=2))
+
+    big = ("--set", "cluster.pretrain.cpu='900'")
+    watching = Command(root, prepared, tmp_path / "big.log", "-m", "training", "submit", "pretrain", *big)
+    wait_for(lambda: "has enough" in watching.log, 60)
+    assert "no node of the pool gke-nodepool=cpu has enough cpu (asks for 900) free" in watching.log
+    assert "1 × (1 processes, 900 cpu, 1Gi) on pool cpu, no queue" in watching.log
+    watching.process.send_signal(signal.SIGINT)
+    job = only_job(prepared, 3)
+    assert f"bit attach {job}" in watching.end(130)
+    assert job in bit(root, prepared, "jobs")
+    bit(root, prepared, "cancel", job)
+
+    wrong = ("--set", "pretrain.seed=4", "--set", "pretrain.resize=20", "--set", "pretrain.crop=32")
+    bit(root, prepared, "submit", "pretrain", "--detach", *wrong)
+    failed = bit(root, prepared, "attach", only_job(prepared, 4), status=2)
+    assert "crop=32 is larger than resize=20" in failed
+    assert "started again 1 time; last words: " in failed
+    assert "Mend it, then: bit submit pretrain --retry" in failed
+    assert "crop=32 is larger than resize=20" in bit(
+        root, prepared, "attach", only_job(prepared, 4), status=2
+    )  # no pods now
+
+
+def test_two_people_get_one_job_and_outlive_the_api_server(
+    prepared: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
+) -> None:
+    root = project(template, tmp_path / "p", tmp_path / "store", seed=5, pretrain={"seed": 5, **LONG})
+    other = project(template, tmp_path / "q", tmp_path / "store", seed=5, pretrain={"seed": 5, **LONG})
+    submit = ("-m", "training", "submit", "pretrain")
+    both = [Command(each, prepared, tmp_path / f"{each.name}.log", *submit) for each in (root, other)]
+    wait_for(lambda: all("running" in each.log for each in both))
+    job = only_job(prepared, 5)
+    with prepared.api_server_down(signal.SIGSTOP):
+        time.sleep(7)  # longer than a connection attempt of the watch
+    with prepared.api_server_down(signal.SIGKILL):
+        wait_for(lambda: all("does not answer" in each.log for each in both))
+    for each in both:
+        assert "the job goes on" in each.end()
+    assert only_job(prepared, 5) == job
+    uid = prepared.get("pytorchjob", job, "-n", "bit")["metadata"]["uid"]
     made = receipt(root, "pretrain")
-    assert made["details"]["job_uid"] == job["metadata"]["uid"]
-    bit(root, prepared, "cancel", job["metadata"]["name"])
+    assert made["details"]["job_uid"] == receipt(other, "pretrain")["details"]["job_uid"] == uid
+
+    bit(root, prepared, "cancel", job)
     assert "its receipt is back" in bit(root, prepared, "submit", "pretrain")
-    assert prepared.get("pytorchjobs", "-n", "bit")["items"] == []
+    assert not prepared.get("pytorchjobs", "-n", "bit", "-l", f"bit/job={job}")["items"]
     assert receipt(root, "pretrain")["outputs"] == made["outputs"]
+
+
+def test_a_job_is_suspended_and_goes_on_as_kueue_does_it(
+    prepared: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
+) -> None:
+    never = {**LONG, "checkpoint_every": 300}  # the only checkpoint is the one that SIGTERM asks for
+    root = project(template, tmp_path / "p", tmp_path / "store", seed=6, pretrain={"seed": 6, **never})
+    submit = Command(root, prepared, tmp_path / "submit.log", "-m", "training", "submit", "pretrain")
+    wait_for(lambda: "running" in submit.log)
+    job = only_job(prepared, 6)
+    wait_for(lambda: "loss" in kubelet.log(f"{job}-worker-0"))
+
+    def suspend(value: bool) -> None:
+        patch = json.dumps({"spec": {"runPolicy": {"suspend": value}}})
+        prepared.kubectl("patch", "pytorchjob", job, "-n", "bit", "--type=merge", "-p", patch)
+
+    suspend(True)
+    wait_for(lambda: "suspended" in submit.log)
+    wait_for(lambda: not prepared.get("pods", "-n", "bit", "-l", f"bit/job={job}")["items"])
+    suspend(False)
+    submit.end()
+    assert "resumed after step" in kubelet.log(f"{job}-worker-0")
+
+
+def misspelt(job: Any) -> None:
+    job["spec"]["runPolicy"]["cleanPodPolice"] = "Running"
+
+
+def two_masters(job: Any) -> None:
+    roles = job["spec"]["pytorchReplicaSpecs"]
+    roles["Master"] = roles["Worker"] | {"replicas": 2}
+
+
+def nameless(job: Any) -> None:
+    del job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["name"]
+
+
+def wrong_resource(job: Any) -> None:
+    job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["resources"]["limits"]["gpu"] = (
+        "1"
+    )
+
+
+def right(job: Any) -> None:
+    pass
+
+
+EDITS = {
+    "'cleanPodPolice' is not a key here: did you mean 'cleanPodPolicy'": (misspelt, ()),
+    "Master has 2 replicas; there can be only 1": (two_masters, ()),
+    "no container named pytorch, only one without a name": (nameless, ()),
+    "asks for resource 'gpu'": (wrong_resource, ()),
+    "cannot apply PyTorchJob bit-pretrain": (
+        right,
+        ("--set", "cluster.pretrain.memory=1Gib"),
+    ),  # the API server's own word
+    "would be taken by https://127.0.0.1": (right, ()),
+}
+
+
+def test_a_dry_run_refuses_invalid_edits_and_makes_nothing(prepared: Cluster, template: Path, tmp_path: Path) -> None:
+    ways = {}
+    for number, (said, (change, arguments)) in enumerate(EDITS.items()):
+        root = project(template, tmp_path / f"p{number}", tmp_path / "store", seed=7)
+        edit(root, change, ("pretrain",))
+        submit = ("-m", "training", "submit", "pretrain", "--dry-run", *arguments)
+        ways[said] = Command(root, prepared, tmp_path / f"{number}.log", *submit)
+    for said, way in ways.items():
+        assert said in way.end(0 if "would be taken" in said else 2), said
+    maps = prepared.get("configmaps", "-n", "bit")["items"]
+    assert not [made for made in maps if "seed: 7\n" in made.get("data", {}).get("params.yaml", "")]
+    assert not (tmp_path / "store").exists()
+    assert not list(tmp_path.glob("p*/.dvc-remote"))

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -70,7 +71,8 @@ def main() -> None:
     if pod.is_pod():
         pod.prepare()
     try:
-        build()()
+        with pod.last_words() if pod.is_pod() else nullcontext():
+            build()()
     except UserError as error:
         print(f"bit: {error}", file=sys.stderr)
         sys.exit(2)

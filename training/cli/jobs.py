@@ -1,13 +1,17 @@
 """Commands about jobs on the cluster."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 
 from training.cli.options import Set
+from training.config import ClusterConfig
 from training.errors import UserError
 from training.params import load, tenants
+
+if TYPE_CHECKING:
+    from training.cluster.jobs import Jobs
 
 Name = Annotated[str, typer.Argument(metavar="JOB", help="A job's name, as `bit jobs` shows it.")]
 
@@ -29,6 +33,7 @@ def submit(
     from training import submit as submission
     from training.cluster.jobs import Jobs
     from training.cluster.manifests import render
+    from training.cluster.orders import order
 
     if (stage == "finetune") != (tenant is not None or every):
         raise UserError("`bit submit finetune` takes a tenant (or --all), `bit submit pretrain` none.")
@@ -37,55 +42,65 @@ def submit(
         return
     config = load(tenant=tenant, overrides=overrides or ())
     if dry_run:
-        objects = render(submission.order(config, stage, tenant), config.cluster)
+        wanted = order(config, stage, tenant, upload=False)
+        objects = render(wanted, config.cluster)
         print(yaml.safe_dump_all(objects, sort_keys=False), end="")
-        Jobs(config.cluster).apply(objects, dry_run=True)
+        jobs = Jobs(config.cluster, tenant)
+        jobs.apply(objects, dry_run=True)
+        submission.say(f"{wanted.name}: would be taken by {jobs.host}: {submission.uses(config, wanted)}")
     else:
         submission.main(config, stage, tenant, follow=follow, retry=retry)
 
 
 def jobs(overrides: Set = None) -> None:
-    """The jobs of the cluster's namespace and their states."""
+    """The jobs of the project and their states."""
     from training.cluster import explain
-    from training.cluster.jobs import Jobs
     from training.submit import show
 
-    found = Jobs(load(overrides=overrides or ()).cluster).find()
-    show(
-        [
-            (job["metadata"]["labels"].get("bit/tenant", ""), job["metadata"]["name"], explain.condition(job))
-            for job in found
-        ]
-    )
+    rows = []
+    for job in _everywhere(load(overrides=overrides or ()).cluster).find():
+        rows.append((job["metadata"]["labels"].get("bit/tenant", ""), job["metadata"]["name"], explain.condition(job)))
+    show(rows)
 
 
 def logs(
     name: Name, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False
 ) -> None:
     """What rank 0 of a job prints."""
-    from training.cluster.jobs import Jobs
-
-    for line in Jobs(load().cluster).logs(f"{name}-worker-0", follow):
+    for line in _find(load().cluster, name)[0].logs(f"{name}-worker-0", follow):
         print(line)
 
 
 def attach(name: Name) -> None:
     """Follow a job that runs, to its end, and bring its receipt back."""
     from training import submit as submission
-    from training.cluster.jobs import Jobs
 
     config = load()
-    found = Jobs(config.cluster).get(name)
-    if found is None:
-        raise UserError(f"there is no job {name!r} in namespace {config.cluster.namespace!r}. `bit jobs` lists them.")
+    jobs, found = _find(config.cluster, name)
     labels = found["metadata"]["labels"]
     tenant = None if labels["bit/stage"] == "pretrain" else labels["bit/tenant"]
-    submission.attach(config, Jobs(config.cluster), name, labels["bit/stage"], tenant)
+    submission.attach(config, jobs, name, labels["bit/stage"], tenant)
 
 
 def cancel(name: Name) -> None:
     """Remove a job with its pods. Its checkpoints stay: the same submission goes on from them."""
-    from training.cluster.jobs import Jobs
-
-    Jobs(load().cluster).delete(name)
+    _find(load().cluster, name)[0].delete(name)
     print(f"{name} removed; its checkpoints stay")
+
+
+def _everywhere(cluster: ClusterConfig) -> "Jobs":
+    """The jobs of all namespaces that the project uses."""
+    from training.cluster.jobs import EVERYWHERE, Jobs
+
+    jobs = Jobs(cluster)
+    return jobs.of(EVERYWHERE) if cluster.tenant_namespace else jobs
+
+
+def _find(cluster: ClusterConfig, name: str) -> tuple["Jobs", dict[str, Any]]:
+    """A job by its name, and the jobs of its namespace. Raises UserError where there is none."""
+    jobs = _everywhere(cluster)
+    found = jobs.find(f"bit/job={name}")
+    if not found:
+        where = f"a namespace like {cluster.tenant_namespace!r}" if cluster.tenant_namespace else cluster.namespace
+        raise UserError(f"there is no job {name!r} in {where}. `bit jobs` lists them.")
+    return jobs.of(found[0]["metadata"]["namespace"]), found[0]

@@ -4,7 +4,8 @@ import re
 from typing import Any
 
 Object = dict[str, Any]
-OOM, SIGTERM = 137, 143
+SIGKILL, SIGTERM = 128 + 9, 128 + 15
+KILLED = "Signal 9 (SIGKILL) received"  # torchrun, of a rank that the kernel killed: memory, but for rare exceptions
 
 
 def condition(job: Object) -> str:
@@ -32,29 +33,47 @@ def waiting(job: Object, pods: list[Object], events: list[str], workload: Object
     return f"{running} of {len(pods)} pods are running"
 
 
-def failed(pods: list[Object], job: Object, micro_batch: int | None) -> str:
-    """Why a job failed: memory, deadline, too many restarts, or the program's own last words."""
-    for state in _terminated(pods):
-        if state.get("exitCode") == OOM or state.get("reason") == "OOMKilled":
-            fits = f"try --set finetune.micro_batch={max(1, micro_batch // 2)}" if micro_batch else "set a micro_batch"
-            return f"killed for memory (OOMKilled): {fits} (the result stays the same), or raise cluster.memory"
-    for state in _terminated(pods):
-        if said := (state.get("message") or "").strip():
-            last = "\n".join(said.splitlines()[-12:])
-            return f"the program ended with status {state.get('exitCode')}:\n{last}"
-    for row in job.get("status", {}).get("conditions", []):
-        if row["type"] == "Failed":
-            if "deadline" in row.get("message", "").lower() or row.get("reason") == "DeadlineExceeded":
-                return "its deadline passed (runPolicy.activeDeadlineSeconds): raise it, then --retry goes on from the checkpoint"
-            return row.get("message") or row.get("reason") or "the operator gives no reason"
-    return "the operator gives no reason"
+def failed(ends: list[Object], words: str | None, job: Object, stage: str, micro_batch: int | None) -> str:
+    """Why a job failed: memory, deadline, too many restarts, or the program's own last words.
+
+    ends: how containers ended, as `terminated` found them; words: what the program left in the store; micro_batch: examples per
+    forward pass now, None where that is not known.
+    """
+    if any(end.get("reason") == "OOMKilled" or KILLED in (end.get("message") or "") for end in ends):
+        smaller = max(1, micro_batch // 2) if micro_batch else None
+        fits = (
+            f"--set {stage}.micro_batch={smaller} halves what a forward pass keeps" if smaller else "lower micro_batch"
+        )
+        return f"killed for memory (OOMKilled): {fits} (the result stays the same), or raise cluster.{stage}.memory"
+    row: Object = next((row for row in job.get("status", {}).get("conditions", []) if row["type"] == "Failed"), {})
+    if "deadline" in row.get("message", "").lower() or row.get("reason") == "DeadlineExceeded":
+        return (
+            "its deadline passed (runPolicy.activeDeadlineSeconds): raise it, then --retry goes on from the checkpoint"
+        )
+    for end in ends:
+        if said := (end.get("message") or "").strip() or words:
+            return f"the program ended with an error:\n{_last_lines(said)}"
+    if words:
+        return f"the program ended with an error:\n{_last_lines(words)}"
+    return row.get("message") or row.get("reason") or "the operator gives no reason"
 
 
-def restarts(pods: list[Object]) -> int:
-    """How often containers of a job were started again: preempted, killed or crashed."""
-    return sum(
+def restarts(pods: list[Object]) -> str:
+    """How often containers of a job were started again, and after what: "" where none was."""
+    count = sum(
         status.get("restartCount", 0) for pod in pods for status in pod.get("status", {}).get("containerStatuses") or ()
     )
+    if not count:
+        return ""
+    told = f"started again {count} time{'s' if count > 1 else ''}"
+    for end in terminated(pods):
+        if end.get("reason") == "OOMKilled":
+            return f"{told}; killed for memory (OOMKilled)"
+        if end.get("exitCode") == SIGKILL:
+            return f"{told}; killed (SIGKILL)"
+        if said := _last_lines(end.get("message") or "", 1):
+            return f"{told}; last words: {said}"
+    return told
 
 
 def _queued(job: Object, workload: Object | None) -> str:
@@ -83,20 +102,22 @@ def _pulling(pod: Object) -> str:
 def _unschedulable(message: str, pod: Object) -> str:
     limits = pod["spec"]["containers"][0].get("resources", {}).get("limits", {})
     selector = pod["spec"].get("nodeSelector") or {}
+    stage = pod["metadata"].get("labels", {}).get("bit/stage", "pretrain")
     where = ", ".join(f"{key.rpartition('/')[2]}={value}" for key, value in selector.items()) or "any node"
     if short := re.findall(r"Insufficient ([\w./-]+)", message):
         asked = ", ".join(f"{name} (asks for {limits.get(name.rstrip('.'), '?')})" for name in dict.fromkeys(short))
         return (
-            f"no node of the pool {where} has enough {asked} free: wait, ask for less, or choose another cluster.pool"
+            f"no node of the pool {where} has enough {asked} free: wait, ask for less, or another cluster.{stage}.pool"
         )
     if "unbound" in message or "persistentvolumeclaim" in message:
         return f"its volume is not there yet ({message.rstrip('.')}): see k8s/base/storage.yaml"
     if "node affinity/selector" in message:
-        return f"no node has the labels of the pool {where}: add a node pool (docs/cluster.md), or choose another cluster.pool"
+        return f"no node has the labels of the pool {where}: add one (docs/cluster.md), or take another cluster.{stage}.pool"
     return f"it cannot be placed: {message}"
 
 
-def _terminated(pods: list[Object]) -> list[Object]:
+def terminated(pods: list[Object]) -> list[Object]:
+    """How containers ended, this time or last time: all that did not end well and were not asked to end."""
     found = []
     for pod in pods:
         for status in pod.get("status", {}).get("containerStatuses") or ():
@@ -105,3 +126,7 @@ def _terminated(pods: list[Object]) -> list[Object]:
                 if ended and ended.get("exitCode") not in (0, SIGTERM):
                     found.append(ended)
     return found
+
+
+def _last_lines(text: str, count: int = 12) -> str:
+    return "\n".join(text.strip().splitlines()[-count:])

@@ -4,6 +4,7 @@ The watch outlives what happens to API servers and networks in the days that a j
 history that is gone (410) is listed anew.
 """
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ from training.errors import UserError
 
 GROUP, VERSION, PLURAL = "kubeflow.org", "v1", "pytorchjobs"
 MANAGER = "bit"  # the field manager of server-side apply
-ALL = "app.kubernetes.io/part-of=bit"
+ALL = "bit/job"  # the label of every job that `bit submit` made
+EVERYWHERE = ""  # all namespaces
 CONNECT_S, READ_S = 5, 60
 LONGEST_PAUSE_S = 15.0
 
@@ -41,18 +43,24 @@ class Counted(client.ApiClient):
 
 
 class Jobs:
-    """The jobs of one namespace. Raises ClusterError for a context that is not there."""
+    """The jobs of one namespace: upstream's, or a tenant's. Raises ClusterError for a context that is not there."""
 
-    def __init__(self, cluster: ClusterConfig) -> None:
+    def __init__(self, cluster: ClusterConfig, tenant: str | None = None) -> None:
         try:
             settings = client.Configuration()
             config.load_kube_config(context=cluster.context, client_configuration=settings)
         except ConfigException as error:
             raise ClusterError(f"no cluster to submit to ({error}): set KUBECONFIG or cluster.context.") from None
         self.api = api = Counted(settings)
-        self.namespace, self.host = cluster.namespace, api.configuration.host
+        self.namespace, self.host = cluster.namespace_of(tenant), api.configuration.host
         api.configuration.retries = False  # the client's own retries would hide what we report
         self.custom, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
+
+    def of(self, namespace: str) -> "Jobs":
+        """The jobs of another namespace (EVERYWHERE: of all), by the same connection."""
+        other = copy.copy(self)
+        other.namespace = namespace
+        return other
 
     @property
     def calls(self) -> int:
@@ -187,6 +195,8 @@ class Jobs:
 
         :return: object
         """
+        if self.namespace == EVERYWHERE:
+            return self.custom.list_cluster_custom_object(GROUP, VERSION, PLURAL, **how)
         return self.custom.list_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, **how)
 
     @contextmanager
@@ -202,6 +212,11 @@ class Jobs:
 
     def _explained(self, error: ApiException, what: str) -> str:
         said = str(error.body or error.reason)
+        if error.status == 403 and self.namespace == EVERYWHERE:
+            return (
+                f"forbidden: you may not {what} in all namespaces, which cluster.tenant_namespace needs. Ask for the "
+                f"ClusterRole `bit-watcher` of k8s/base/access.yaml. The cluster says: {said}"
+            )
         if error.status == 403:
             return (
                 f"forbidden: you may not {what} in namespace {self.namespace!r}. Ask for the Role `submitter` of "

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from training.config import ClusterConfig
+from training.config import ClusterConfig, NodesConfig
 from training.errors import UserError
 
 Object = dict[str, Any]
@@ -77,12 +77,15 @@ def render(order: Order, cluster: ClusterConfig, root: Path = Path()) -> list[Ob
         raise ManifestError(f"cluster.{lacking} is not set: add it to params.yaml, section cluster.")
     if len(order.name) > MAX_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", order.name):
         raise ManifestError(f"job name {order.name!r}: at most {MAX_NAME} of a-z, 0-9 and -, beginning with a letter.")
-    pool = POOLS[cluster.pool]
+    nodes = cluster.nodes(order.stage)
+    pool = POOLS[nodes.pool]
     suffix = pool.template if order.stage == "pretrain" else ""
     path = root / FOLDER / f"{order.stage}{suffix}.yaml"
     config_map, job = read(path)
+    for template in (config_map, job):
+        check(template, str(path))
     _fill_config_map(config_map, order)
-    _fill_job(job, order, cluster, pool)
+    _fill_job(job, order, cluster, nodes)
     for made in (config_map, job):
         check(made, str(path))
     return [config_map, job]
@@ -105,7 +108,8 @@ def _fill_config_map(config_map: Object, order: Order) -> None:
     config_map["data"] = {_key(path): text for path, text in order.files.items()}
 
 
-def _fill_job(job: Object, order: Order, cluster: ClusterConfig, pool: Pool) -> None:
+def _fill_job(job: Object, order: Order, cluster: ClusterConfig, nodes: NodesConfig) -> None:
+    pool = POOLS[nodes.pool]
     labels = {"bit/stage": order.stage, "bit/tenant": order.tenant or "upstream", "bit/job": order.name}
     job["metadata"]["name"] = order.name
     job["metadata"].setdefault("labels", {}).update(labels)
@@ -114,42 +118,47 @@ def _fill_job(job: Object, order: Order, cluster: ClusterConfig, pool: Pool) -> 
     else:
         job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = cluster.queue
     spec = job["spec"]
-    spec["nprocPerNode"] = str(cluster.devices)
+    spec["nprocPerNode"] = str(nodes.devices)
     worker = spec["pytorchReplicaSpecs"]["Worker"]
-    worker["replicas"] = cluster.workers
+    worker["replicas"] = nodes.workers
     if "elasticPolicy" in spec:
-        spec["elasticPolicy"]["maxReplicas"] = cluster.workers
+        spec["elasticPolicy"]["maxReplicas"] = nodes.workers
     template = worker["template"]
     template.setdefault("metadata", {}).setdefault("labels", {}).update(labels)
     pod = template["spec"]
-    pod["nodeSelector"] = dict(pool.node_selector) | dict(cluster.node_selector)
+    pod["nodeSelector"] = dict(pool.node_selector) | dict(nodes.node_selector)
     pod["tolerations"] = [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in pool.tolerations]
-    [container] = [one for one in pod["containers"] if one.get("name") == "pytorch"] or [None]
-    if container is None:
-        raise ManifestError("the pod has no container named pytorch; the operator looks for this name.")
+    container = next(one for one in pod["containers"] if one["name"] == "pytorch")
     container["image"] = cluster.image
-    command = container["command"]
+    command = container.get("command") or []
+    if "training" not in command:
+        raise ManifestError(f"the container's command is {command}; it must start a stage, as torchrun -m training …")
     at = command.index("training") + 1
     container["command"] = [*command[:at], order.stage, *([order.tenant] if order.tenant else [])]
-    values = {"BIT_JOB": order.name, "BIT_STORE": f"{cluster.store}/{order.name}", "BIT_IMAGE": cluster.image}
-    container["env"] = [one for one in container["env"] if one["name"] not in values] + [
+    values = {
+        "BIT_JOB": order.name,
+        "BIT_STORE": f"{cluster.store}/{order.name}",
+        "BIT_IMAGE": cluster.image,
+        "BIT_POOL": nodes.pool,
+    }
+    container["env"] = [one for one in container.get("env", []) if one["name"] not in values] + [
         {"name": name, "value": value} for name, value in values.items()
     ]
-    _fill_resources(container["resources"], cluster, pool)
-    for volume in pod["volumes"]:
+    _fill_resources(container.setdefault("resources", {}), nodes, pool)
+    for volume in pod.get("volumes", []):
         if "configMap" in volume:
             volume["configMap"]["name"] = order.name
             volume["configMap"]["items"] = [{"key": _key(path), "path": path} for path in order.files]
 
 
-def _fill_resources(resources: Object, cluster: ClusterConfig, pool: Pool) -> None:
+def _fill_resources(resources: Object, nodes: NodesConfig, pool: Pool) -> None:
     for kind in ("requests", "limits"):
         given = resources.setdefault(kind, {})
         for device in {row.resource for row in POOLS.values() if row.resource}:
             given.pop(device, None)
-        given |= {"cpu": cluster.cpu, "memory": cluster.memory}
+        given |= {"cpu": nodes.cpu, "memory": nodes.memory}
     if pool.resource:
-        resources["limits"][pool.resource] = str(cluster.devices)
+        resources["limits"][pool.resource] = str(nodes.devices)
 
 
 def _key(path: str) -> str:
@@ -164,18 +173,22 @@ def check(made: Object, where: str) -> None:
         raise ManifestError(f"{where}: kind {made.get('kind')!r} is not one of {', '.join(kinds)}.")
     _check_type(made, kinds[made["kind"]], f"{where}: {made['kind']}")
     if made["kind"] == "PyTorchJob":
-        roles = made["spec"]["pytorchReplicaSpecs"]
+        roles = made.get("spec", {}).get("pytorchReplicaSpecs") or {}
         if unknown := set(roles) - {"Master", "Worker"}:
             raise ManifestError(f"{where}: role {min(unknown)!r} is not one of Master, Worker.")
+        if "Worker" not in roles:
+            raise ManifestError(f"{where}: spec.pytorchReplicaSpecs has no Worker.")
         if roles.get("Master", {}).get("replicas", 1) != 1:
             raise ManifestError(f"{where}: Master has {roles['Master']['replicas']} replicas; there can be only 1.")
         for role, told in roles.items():
-            names = [container.get("name") for container in told["template"]["spec"]["containers"]]
+            containers = told.get("template", {}).get("spec", {}).get("containers") or []
+            names = [container.get("name", "one without a name") for container in containers]
             if "pytorch" not in names:
                 raise ManifestError(
-                    f"{where}: {role} has no container named pytorch, only {', '.join(map(str, names))}."
+                    f"{where}: {role} has no container named pytorch, only {', '.join(names) or 'none'}; "
+                    "the operator looks for this name."
                 )
-            for container in told["template"]["spec"]["containers"]:
+            for container in containers:
                 _check_resources(container.get("resources", {}), f"{where}: {role}")
 
 

@@ -2,19 +2,30 @@
 
 The environment says what to do: BIT_JOB (the job's name: we are in a pod), BIT_STORE (URL of the job's folder); BIT_PROJECT and
 BIT_TERMINATION_LOG take the place of the mounted paths where those cannot be.
+
+Who starts again what failed: torchrun the ranks that lost another one, at once; the kubelet the container, for every other error,
+after growing pauses and `backoffLimit` times at most; the operator a pod that was deleted or whose node is gone, always.
 """
 
+import atexit
 import hashlib
 import json
 import os
 import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from training import receipt
 from training.cluster.manifests import PROJECT
 from training.data import remote
+from training.errors import UserError
 
 SMALL = ("*.png", "*.csv", "metrics.json")  # results beside the artifacts that a person wants back
+WORDS = "error.txt"  # in the job's folder of the store: why it failed, for those who come when its pods are gone
 
 
 def is_pod() -> bool:
@@ -51,4 +62,31 @@ def deliver(stage: str, tenant: str | None) -> None:
     url = f"{store}/{receipt.FILE}"
     remote.write(data, url)
     told = json.dumps({"receipt": url, "sha256": hashlib.sha256(data).hexdigest()})
-    Path(os.environ.get("BIT_TERMINATION_LOG", "/dev/termination-log")).write_text(told)
+    _say(told)
+
+
+@contextmanager
+def last_words() -> Iterator[None]:
+    """An error that ends the program becomes the pod's last word. torchrun, which would start it again at once, is ended too."""
+    try:
+        yield
+    except Exception as error:
+        from training.engine.distributed import RankError  # torch takes seconds, which no other command should wait
+
+        if isinstance(error, RankError):
+            raise
+        words = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error)[-8:])
+        _say(words)
+        try:
+            remote.write(words.encode(), f"{os.environ['BIT_STORE']}/{WORDS}")
+        except (OSError, ValueError) as unreachable:  # the store may be what failed; the pod's status has the words
+            print(f"{os.environ['BIT_STORE']} does not take the error: {unreachable}", file=sys.stderr)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            atexit.register(os.kill, os.getppid(), signal.SIGTERM)  # when the error is printed
+        raise
+
+
+def _say(words: str) -> None:
+    """The container's termination message, of which the API keeps 4096 bytes."""
+    path = Path(os.environ.get("BIT_TERMINATION_LOG", "/dev/termination-log"))
+    path.write_bytes(words.encode()[-4096:])

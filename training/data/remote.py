@@ -1,7 +1,8 @@
 """Folders of files by URL: a local path, any fsspec URL, or a `.dir` object of a DVC remote, which is read by content hash.
 
 A DVC remote keeps every file as `<remote>/files/md5/ab/cdef…` and a folder as `…/ab/cdef….dir`, a JSON list of its files. What is
-named by its content never changes: files from elsewhere are kept on local disk (BIT_CACHE_DIR) as they are first read.
+named by its content never changes: files from elsewhere are kept on local disk (BIT_CACHE_DIR) as they are first read, and
+held against their name before.
 """
 
 import hashlib
@@ -16,8 +17,14 @@ from typing import Any
 
 import fsspec
 
+from training.errors import UserError
+
 DIR = ".dir"
 FILES = "files/md5"
+
+
+class RemoteError(UserError):
+    """A file of a DVC remote that isn't what its name, the hash of its content, says."""
 
 
 class Folder:
@@ -31,8 +38,9 @@ class Folder:
         """Name → URL of each file of a `.dir` object."""
         base = posixpath.dirname(posixpath.dirname(self.url))
         with fsspec.open(self.url, "rb") as file:
-            listed = json.loads(file.read())
-        return {row["relpath"]: f"{base}/{_hashed(row['md5'])}" for row in listed}
+            data = file.read()
+        _hold(self.url, hashlib.md5(data, usedforsecurity=False).hexdigest())
+        return {row["relpath"]: f"{base}/{_hashed(row['md5'])}" for row in json.loads(data)}
 
     def path(self, name: str) -> str:
         """Path or URL of a file. Raises FileNotFoundError for one that a `.dir` object does not list."""
@@ -43,37 +51,88 @@ class Folder:
         return self._listing[name]
 
     def open(self, name: str) -> Any:
-        """A file, open for reading at random."""
+        """A file, open for reading at random. Raises RemoteError for one that isn't what its hash says."""
         path = self.path(name)
-        if not self.url.endswith(DIR) or is_local(path):
-            return fsspec.open(path, "rb").open()
-        kept = os.environ.get("BIT_CACHE_DIR", posixpath.join(tempfile.gettempdir(), "bit-cache"))
-        return fsspec.open(f"filecache::{path}", "rb", filecache={"cache_storage": kept}).open()
+        return fsspec.open(path if not self.url.endswith(DIR) or is_local(path) else _kept(path), "rb").open()
 
     def read(self, name: str) -> bytes:
         with self.open(name) as file:
             return file.read()
 
 
+def _kept(url: str) -> Path:
+    """The file of a content hash, on this machine's disk; fetched and checked at first, never there in part."""
+    folder = Path(os.environ.get("BIT_CACHE_DIR", Path(tempfile.gettempdir(), "bit-cache")))
+    path = folder.joinpath(*url.split("/")[-2:])
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with fsspec.open(url, "rb") as source, tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            temporary, digest = Path(file.name), hashlib.md5(usedforsecurity=False)
+            try:
+                while block := source.read(2**20):
+                    digest.update(block)
+                    file.write(block)
+                file.flush()
+                _hold(url, digest.hexdigest())
+                temporary.rename(path)  # another rank may have been faster: its file is the same
+            except BaseException:
+                temporary.unlink()
+                raise
+    return path
+
+
+def _hold(url: str, digest: str) -> None:
+    expected = "".join(url.removesuffix(DIR).split("/")[-2:])
+    if digest != expected:
+        raise RemoteError(
+            f"{url} hashes to {digest}, its name says {expected}: it was damaged on its way or in the store. "
+            "Try again; if that does not help, remove it from the remote and run `dvc push` (or `bit submit`) again."
+        )
+
+
 def is_local(url: str) -> bool:
     return "://" not in url or url.startswith("file://")
 
 
-def push(folder: Path, remote: str) -> str:
-    """Uploads a folder as `dvc push` would; what is there already is not sent again. Returns the URL of its `.dir` object."""
+def push(folder: Path, remote: str, send: bool = True) -> str:
+    """Uploads a folder as `dvc push` would; what is there already is not sent again. Returns the URL of its `.dir` object.
+
+    send: false only tells where it would be.
+    """
     listed = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "md5").hexdigest()
         url = f"{remote}/{FILES}/{_hashed(digest)}"
-        fs, target = fsspec.core.url_to_fs(url)
-        if not fs.exists(target):
+        if send and not exists(url):
             upload(path, url)
         listed.append({"md5": digest, "relpath": path.relative_to(folder).as_posix()})
     data = json.dumps(sorted(listed, key=lambda row: row["relpath"]), sort_keys=True).encode()
     url = f"{remote}/{FILES}/{_hashed(hashlib.md5(data, usedforsecurity=False).hexdigest())}{DIR}"
-    write(data, url)
+    if send:
+        write(data, url)
     return url
+
+
+def exists(url: str) -> bool:
+    fs, path = fsspec.core.url_to_fs(url)
+    return bool(fs.exists(path))
+
+
+def text(url: str) -> str | None:
+    """A small file, None where it isn't there (or its store doesn't answer)."""
+    try:
+        with fsspec.open(url, "rt") as file:
+            return str(file.read())
+    except OSError:
+        return None
+
+
+def remove(url: str) -> None:
+    """Removes a file. What is not there is removed already."""
+    fs, path = fsspec.core.url_to_fs(url)
+    if fs.exists(path):
+        fs.rm_file(path)
 
 
 def upload(path: Path, url: str) -> None:

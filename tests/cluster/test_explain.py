@@ -1,0 +1,108 @@
+"""Why a job waits or failed, in plain words: on objects as the API gives them."""
+
+import re
+from typing import Any
+
+import pytest
+
+from training.cluster import explain
+from training.cluster.explain import Object
+
+JOB: Object = {"metadata": {"name": "bit-pretrain-1", "labels": {"kueue.x-k8s.io/queue-name": "training"}}, "spec": {}}
+SUSPENDED: Object = JOB | {"spec": {"runPolicy": {"suspend": True}}}
+
+
+def pod(**status: Any) -> Object:
+    labels = {"bit/stage": "finetune"}
+    container = {"name": "pytorch", "resources": {"limits": {"cpu": "8", "nvidia.com/gpu": "4"}}}
+    spec = {"containers": [container], "nodeSelector": {"cloud.google.com/gke-nodepool": "gpu"}}
+    return {"metadata": {"name": "p", "uid": "1", "labels": labels}, "spec": spec, "status": status}
+
+
+def waits(reason: str, message: str) -> Object:
+    return pod(
+        containerStatuses=[{"image": "x@sha256:1", "state": {"waiting": {"reason": reason, "message": message}}}]
+    )
+
+
+def unplaced(message: str) -> Object:
+    return pod(conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}])
+
+
+def workload(*conditions: Object) -> Object:
+    return {"status": {"conditions": list(conditions)}}
+
+
+QUOTA = {
+    "type": "QuotaReserved",
+    "status": "False",
+    "message": "insufficient unused quota for nvidia.com/gpu, 2 more needed",
+}
+EVICTED = {"type": "Evicted", "status": "True", "reason": "Preempted", "message": "to make room for another workload"}
+
+
+@pytest.mark.parametrize(
+    ("job", "pods", "events", "queued", "said"),
+    [
+        (SUSPENDED, [], [], workload(QUOTA), "in queue 'training', waiting for quota: insufficient unused quota for nvidia"),
+        (SUSPENDED, [], [], workload(QUOTA, EVICTED), "preempted .Preempted.: to make room .*; it resumes from its checkpoint"),
+        (SUSPENDED, [], [], None, "queue 'training' has not admitted it"),
+        (JOB, [unplaced("0/9 nodes: 4 Insufficient nvidia.com/gpu.")], [], None, "enough nvidia.com/gpu. .asks for 4. free"),
+        (JOB, [unplaced("9 node(s) didn't match node affinity/selector.")], [], None, "labels of the pool .*nodepool=gpu"),
+        (JOB, [unplaced("pod has unbound immediate PersistentVolumeClaims.")], [], None, "volume is not there yet"),
+        (JOB, [waits("ImagePullBackOff", "not found")], [], None, "x@sha256:1 cannot be pulled .*Check cluster.image"),
+        (JOB, [waits("CreateContainerConfigError", "secret missing")], [], None, "cannot be made: secret missing"),
+        (JOB, [], ["pods are forbidden: violates PodSecurity"], None, "no pod could be made: pods are forbidden"),
+        (JOB, [], [], None, "the operator has not made its pods yet"),
+    ],
+)  # fmt: skip
+def test_why_a_job_waits(job: Object, pods: list[Object], events: list[str], queued: Object | None, said: str) -> None:
+    told = explain.waiting(job, pods, events, queued)
+    assert re.search(said, told), told
+
+
+FAILED = {"type": "Failed", "status": "True", "reason": "PyTorchJobFailed", "message": "the specified backoff limit"}
+LATE = {
+    "type": "Failed",
+    "status": "True",
+    "reason": "DeadlineExceeded",
+    "message": "active longer than specified deadline",
+}
+OOM = {"exitCode": 137, "reason": "OOMKilled"}
+RANK_KILLED = {
+    "exitCode": 1,
+    "reason": "Error",
+    "message": "exitcode: -9\ntraceback : Signal 9 (SIGKILL) received by PID 44",
+}
+BUG = {"exitCode": 1, "reason": "Error", "message": "Traceback\nKeyError: 'head'"}
+
+
+@pytest.mark.parametrize(
+    ("ends", "words", "condition", "micro_batch", "said"),
+    [
+        (
+            [OOM],
+            None,
+            FAILED,
+            64,
+            "killed for memory .*--set finetune.micro_batch=32 .* or raise cluster.finetune.memory",
+        ),
+        ([RANK_KILLED], None, FAILED, None, "killed for memory .*lower micro_batch"),
+        ([BUG], None, FAILED, None, "ended with an error:\nTraceback\nKeyError: 'head'"),
+        ([], "crop=32 is larger", FAILED, None, "ended with an error:\ncrop=32 is larger"),
+        ([], None, FAILED, None, "the specified backoff limit"),
+        ([], None, LATE, None, "its deadline passed"),
+    ],
+)
+def test_why_a_job_failed(
+    ends: list[Object], words: str | None, condition: Object, micro_batch: int | None, said: str
+) -> None:
+    job = JOB | {"status": {"conditions": [condition]}}
+    told = explain.failed(ends, words, job, "finetune", micro_batch)
+    assert re.search(said, told), told
+
+
+def test_what_was_started_again_is_counted_with_its_last_words() -> None:
+    again = pod(containerStatuses=[{"restartCount": 2, "state": {"running": {}}, "lastState": {"terminated": BUG}}])
+    assert explain.restarts([again]) == "started again 2 times; last words: KeyError: 'head'"
+    assert explain.restarts([pod()]) == ""

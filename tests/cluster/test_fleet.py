@@ -1,0 +1,92 @@
+"""Two hundred tenants' fine-tunings at once, admitted in waves as a queue does it: one table, few requests, all receipts back."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.projects import Command, edit, fresh, project, receipt
+from tests.clusters import Cluster, wait_for
+
+TENANTS = [f"tenant-{number:03d}" for number in range(200)]
+QUOTA = 80
+COMPLETES = {"pod-complete.stage.kwok.x-k8s.io/delay": "1s"}  # nobody plays the kubelet here
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project with 200 tenants, all packed; its jobs come suspended, as Kueue's webhook makes them."""
+    small = {"pool": "cpu", "node_selector": {"cloud.google.com/gke-nodepool": "cpu"}, "cpu": "50m", "memory": "64Mi"}
+    cluster = {"finetune": small, "queue": "training"}
+    root = project(
+        fresh(tmp_path / "template", pack=False), tmp_path / "p", tmp_path / "store", seed=0, cluster=cluster
+    )
+
+    def queued(job: dict[str, Any]) -> None:
+        job["spec"]["runPolicy"]["suspend"] = True
+        job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["metadata"]["annotations"] = COMPLETES
+
+    edit(root, queued, ("finetune",))
+    shutil.rmtree(root / "tenants" / "digits")
+    data = {"uri": "file:///packed.dir", "sha256": "0", "size_bytes": 0}
+    made = {
+        "config_hash": "",
+        "inputs": {"dvc.md5": "0.dir"},
+        "run_id": "",
+        "details": {"arch": "R14x0.5", "version": "1"},
+    }
+    for tenant in TENANTS:
+        packed = {"stage": "pack", "tenant": tenant, "outputs": {"dataset": data | {"sha256": tenant}}, **made}
+        write(root / "tenants" / tenant / "params.yaml", yaml.safe_dump({"tenant": tenant}))
+        write(root / "runs" / "pack" / tenant / "receipt.json", json.dumps(packed))
+    upstream = {"stage": "pretrain", "tenant": None, "outputs": {"weights": data}, **made}
+    write(root / "runs" / "pretrain" / "receipt.json", json.dumps(upstream))
+    return root
+
+
+@pytest.mark.heavy
+def test_two_hundred_tenants_cost_fewer_than_ten_requests_each(prepared: Cluster, root: Path, tmp_path: Path) -> None:
+    submit = Command(root, prepared, tmp_path / "submit.log", "-m", "training", "submit", "finetune", "--all")
+    admitted: set[str] = set()
+
+    def play_the_queue() -> bool:
+        """Admits jobs while there is quota, and leaves what their pods would leave in the store."""
+        jobs = prepared.get("pytorchjobs", "-n", "bit", "-l", "bit/stage=finetune")["items"]
+        over = {job["metadata"]["name"] for job in jobs if told(job, "Succeeded")}
+        patches = []
+        for job in sorted(jobs, key=lambda job: job["metadata"]["name"]):
+            name, tenant = job["metadata"]["name"], job["metadata"]["labels"]["bit/tenant"]
+            assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "training"
+            if name not in admitted and len(admitted - over) < QUOTA:
+                admitted.add(name)
+                result = {"config_hash": "", "inputs": {}, "run_id": "", "stage": "finetune", "tenant": tenant}
+                write(tmp_path / "store" / name / "receipt.json", json.dumps(result))
+                patches.append(f"pytorchjob/{name}")
+        if patches:
+            resume = json.dumps({"spec": {"runPolicy": {"suspend": False}}})
+            prepared.kubectl("patch", "-n", "bit", "--type=merge", "-p", resume, *patches)
+        return submit.process.poll() is not None
+
+    wait_for(play_the_queue, 240, every_s=1)
+    said = submit.end()
+    assert len(admitted) == len(TENANTS)
+    assert "suspended" in said
+    assert said.count("│ tenant-") == len(TENANTS)
+    assert f"finetune, {len(TENANTS)} tenants: {len(TENANTS)} succeeded" in said
+    assert receipt(root, "finetune/tenant-199")["tenant"] == "tenant-199"
+    [requests] = [int(line.split()[0]) for line in said.splitlines() if "requests to the API server" in line]
+    assert requests < 10 * len(TENANTS)
+    prepared.kubectl("delete", "pytorchjobs", "-n", "bit", "-l", "bit/stage=finetune", "--wait=false")
+
+
+def told(job: dict[str, Any], condition: str) -> bool:
+    rows = job.get("status", {}).get("conditions", [])
+    return any(row["type"] == condition and row["status"] == "True" for row in rows)

@@ -1,0 +1,130 @@
+"""Once for real: the training image in real pods on a real node, under Pod Security restricted; a pod is deleted on the way."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests import clusters
+from tests.cluster.conftest import K8S
+from tests.cluster.projects import Command, bit, edit, fresh, project, receipt
+from tests.clusters import Cluster, wait_for
+from tests.images import build
+from training import tracking
+from training.demo.walk import free_port
+
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(bool(build.lacking()) and "CI" not in os.environ, reason=f"needs {', '.join(build.lacking())}"),
+]
+NODE = {"kubernetes.io/hostname": "node-0"}
+STEPS = {"steps": 400, "checkpoint_every": 10, "evaluate_every": 400}
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    return build.build("training-cpu")
+
+
+@pytest.fixture
+def node(image: str, tmp_path: Path) -> Iterator[Cluster]:
+    """A cluster with one real node that has the training image."""
+    archive = build.save(image, tmp_path / "image.tar")
+    with clusters.running(tmp_path / "cluster", "training-operator,node") as cluster:
+        cluster.load(archive)
+        archive.unlink()
+        yield cluster
+
+
+@pytest.fixture
+def shared(node: Cluster, tmp_path: Path) -> Path:
+    """`kubectl apply -k k8s/overlays/kind`, its claim bound to this folder, which the node has as well."""
+    node.kubectl("apply", "--server-side", "-k", str(K8S / "overlays" / "kind"))
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o777)  # hostPath volumes are not handed to the pods' group
+    for above in (tmp_path, *tmp_path.parents[:2]):
+        above.chmod(above.stat().st_mode | 0o011)  # pytest's folders are its user's alone
+    spec = {
+        "accessModes": ["ReadWriteOnce"],
+        "capacity": {"storage": "5Gi"},
+        "hostPath": {"path": str(folder)},
+        "claimRef": {"namespace": "bit", "name": "bit-checkpoints"},
+    }
+    volume = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "shared"}, "spec": spec}
+    node.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump(volume))
+    return folder
+
+
+@contextmanager
+def mlflow_server(folder: Path) -> Iterator[tuple[str, str]]:
+    """An MLflow server; yields its address here and for pods."""
+    folder.mkdir()
+    port = free_port()
+    listen = ("--host", "0.0.0.0", "--port", str(port), "--workers", "1")  # noqa: S104
+    store = (
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+    )
+    allowed = os.environ | {"MLFLOW_SERVER_ALLOWED_HOSTS": "*"}
+    log = folder / "log"
+    with log.open("wb") as file:
+        command = [sys.executable, "-m", "mlflow", "server", *listen, *store]
+        server = subprocess.Popen(command, env=allowed, cwd=folder, stdout=file, stderr=file)
+    try:
+        wait_for(lambda: b"startup complete" in log.read_bytes() or server.poll() is not None)
+        assert server.poll() is None, log.read_text()
+        yield f"http://127.0.0.1:{port}", f"http://host.test:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_two_real_workers_train_through_the_loss_of_a_pod(
+    node: Cluster, shared: Path, image: str, tmp_path: Path
+) -> None:
+    with mlflow_server(tmp_path / "mlflow") as (here, there):
+        pods = {"pool": "cpu", "node_selector": NODE, "cpu": "1", "memory": "2Gi", "workers": 2}
+        cluster = {"image": image, "tracking_uri": there, "remote": str(shared / "dvc"), "pretrain": pods}
+        template = fresh(tmp_path / "template")
+        root = project(
+            template, tmp_path / "p", shared / "store", seed=0, pretrain=STEPS, cluster=cluster, tracking_uri=here
+        )
+
+        def mount(job: Any) -> None:
+            """Store and remote have the same path there and here."""
+            pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+            [container] = pod["containers"]
+            container["volumeMounts"].append({"name": "checkpoints", "mountPath": str(shared)})
+
+        edit(root, mount)
+        submit = Command(root, node, tmp_path / "submit.log", "-m", "training", "submit", "pretrain")
+        wait_for(lambda: list(shared.glob("upstream/**/step-*")) or submit.process.poll() is not None, 150)
+        assert submit.process.poll() is None, submit.log
+        [job] = node.get("pytorchjobs", "-n", "bit")["items"]
+        name = job["metadata"]["name"]
+        before = node.get("pod", f"{name}-worker-1", "-n", "bit")
+        assert before["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"]
+        node.kubectl("delete", "pod", f"{name}-worker-1", "-n", "bit", "--wait=false")
+        said = submit.end()
+        after = node.get("pod", f"{name}-worker-1", "-n", "bit")
+        assert after["metadata"]["uid"] != before["metadata"]["uid"]
+        assert "upstream 400/400" in said  # rank 0's own lines
+        made = receipt(root, "pretrain")
+        assert made["details"]["job_uid"] == job["metadata"]["uid"]
+        assert (shared / "store" / name / "weights.npz").stat().st_size == made["outputs"]["weights"]["size_bytes"]
+        assert "resumed after step" in bit(root, node, "logs", name)
+        run = tracking.connect(here).get_run(made["run_id"])
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["k8s.job"] == name
+        assert run.data.tags["k8s.job_uid"] == job["metadata"]["uid"]
+        assert run.data.tags["k8s.node"] == "node-0"
+        assert run.data.tags["dvc.md5"].endswith(".dir")
