@@ -22,7 +22,7 @@ done = function(summary, latency, requests)
     broken = errors.connect + errors.read + errors.write + errors.timeout,
     p50_ms = latency:percentile(50) / 1e3, p99_ms = latency:percentile(99) / 1e3,
   }
-  for name, value in pairs(told) do io.write(string.format("\nFIGURE %%s %%f", name, value)) end
+  for name, value in pairs(told) do io.write(string.format("\\nFIGURE %%s %%f", name, value)) end
 end
 """
 
@@ -48,10 +48,12 @@ def load(url: str, request: Request, connections: int, seconds: int) -> dict[str
         headers = "\n".join(f"wrk.headers[{key!r}] = {value!r}" for key, value in request.headers.items())
         script.write_text(SCRIPT % {"body": repr(str(body)), "headers": headers})
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}", "--timeout", "10", "-s", str(script)]
-        said = subprocess.run([*command, url + request.path], check=True, capture_output=True, text=True).stdout
-    told = {line.split()[1]: float(line.split()[2]) for line in said.splitlines() if line.startswith("FIGURE ")}
+        done = subprocess.run([*command, url + request.path], check=True, capture_output=True, text=True)
+    if done.stderr:
+        raise RuntimeError(f"wrk: {done.stderr}")
+    told = {line.split()[1]: float(line.split()[2]) for line in done.stdout.splitlines() if line.startswith("FIGURE ")}
     if told["refused"] or told["broken"]:
         raise RuntimeError(
-            f"{told['refused']:.0f} answers were refusals, {told['broken']:.0f} connections broke:\n{said}"
+            f"{told['refused']:.0f} answers were refusals, {told['broken']:.0f} connections broke:\n{done.stdout}"
         )
     return {**told, "rate": told["requests"] / told["took_s"]}

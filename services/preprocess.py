@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 100_000_000  # refused from the header on, before a decompression bomb is unpacked
+MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten, an attacker thousands of empty ones over many pixels
 SIGNATURES = {
     b"\xff\xd8\xff": "jpeg",
     b"\x89PNG\r\n\x1a\n": "png",
@@ -60,6 +61,8 @@ def decode(data: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXEL
         raise PictureError(f"a tiff of {len(data)} bytes whose directory does not tell its size.")
     if size and size[0] * size[1] > max_pixels:
         raise PictureError(f"a {kind} of {size[0]} × {size[1]} pixels; at most {max_pixels:,} pixels are read.")
+    if kind == "jpeg" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise PictureError(f"a jpeg of {scans} scans; at most {MAX_SCANS} are read.")
     image = _decode_jpeg(data, min_side) if kind == "jpeg" else None
     return image if image is not None else _decode_any(data, kind)
 

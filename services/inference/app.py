@@ -27,6 +27,7 @@ from services.inference.errors import (
     DeadlineExceeded,
     Headers,
     MethodNotAllowed,
+    NotFound,
     Refused,
     ServiceError,
     Unavailable,
@@ -84,7 +85,13 @@ class App:
         await receive()
         given = self.settings
         self.scheduler = Scheduler(
-            given.workers, given.max_batch, given.max_batch_ms, given.max_queue_ms, given.max_pixels, self.metrics
+            given.workers,
+            given.max_batch,
+            given.max_batch_ms,
+            given.max_queue_ms,
+            given.max_pixels,
+            given.max_decode_ms,
+            self.metrics,
         )
         self.follower.start()
         watch = asyncio.create_task(self._watch_tenants())
@@ -153,6 +160,8 @@ class App:
         """The version asked for, loaded first where it isn't in memory. Raises NotFound, Unavailable, DeadlineExceeded."""
         try:
             return self.models.find(exchange.name, exchange.wanted)
+        except NotFound as error:
+            raise self.follower.not_found(error, exchange.name) from None
         except Cold as error:
             cold = error
         loading = self.follower.load(cold)

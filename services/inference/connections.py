@@ -1,6 +1,7 @@
 """uvicorn, hardened: idle connections are closed, bodies have their time, and SIGTERM first stops being ready, then stops."""
 
 import asyncio
+import gc
 import math
 import resource
 import signal
@@ -155,6 +156,7 @@ def run(app: object, settings: Settings, draining: Callable[[], None]) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     connections = hard - OWN_FILES if hard != resource.RLIM_INFINITY else None
+    gc.freeze()  # what was imported stays: to look through it again for garbage stops every thread for 30 ms and more (measured)
     sys.setswitchinterval(0.0005)  # the event loop gets the interpreter back sooner from the workers (measured)
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]

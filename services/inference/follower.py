@@ -4,7 +4,6 @@ One niced thread does all loading, so that answering comes first and a version i
 """
 
 import ctypes
-import gc
 import logging
 import os
 import queue
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from services.inference.aliases import CHAMPION, Wanted
 from services.inference.engine import Session
-from services.inference.errors import Refused
+from services.inference.errors import NotFound, Refused
 from services.inference.metrics import Metrics
 from services.inference.models import Cold, Models, Served
 from services.inference.registry import Registry, RegistryDown, timestamp
@@ -67,6 +66,13 @@ class Follower:
                 future = self._loads[key] = Future()
                 self._asked.put(wanted)
         return future
+
+    def not_found(self, error: NotFound, name: str) -> NotFound:
+        """The error, with the reason where a version of the tenant was refused."""
+        tenant = name.partition("@")[0]
+        refused = [(item, why) for item, why in list(self.refused.items()) if item.tenant == tenant]
+        told = "".join(f" Version {item.version} ({item.alias}) was refused: {why}." for item, why in refused)
+        return NotFound(f"{error}{told}")
 
     def unload(self, tenant: str) -> None:
         """Takes a tenant's versions out of memory; the aliases stay, so that the next request loads again."""
@@ -123,6 +129,7 @@ class Follower:
         del data
         difference = session.check_golden()
         session.warm_up(self.max_batch)
+        trim()  # the file and what its reading left: 13 MB of a network of 8 MB (measured)
         size_bytes = max(size_bytes, resident_bytes() - before)
         served = Served(item.tenant, item.version, sha256, session, difference, size_bytes)
         self._forget(self.models.put(served))
@@ -136,7 +143,6 @@ class Follower:
             log.info("%s version %s left memory", served.tenant, served.version)
         if gone:
             gone.clear()
-            gc.collect()
             trim()
 
     def _report(self, item: Wanted, state: str) -> None:

@@ -15,7 +15,7 @@ class Metrics:
         )
         self.latency = Histogram(
             "bit_request_seconds",
-            "Time from the last byte of a request to its answer",
+            "Time from a request's headers to its answer, its body's way included",
             ("tenant", "version"),
             buckets=LATENCY_BUCKETS,
             registry=self.registry,

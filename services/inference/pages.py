@@ -180,6 +180,8 @@ class Pages:
     async def _load(self, name: str, wanted: str | None) -> Served:
         try:
             return self.models.find(name, wanted)[0]
+        except NotFound as error:
+            raise self.follower.not_found(error, name) from None
         except Cold as cold:
             try:
                 return await asyncio.wrap_future(self.follower.load(cold))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from services import preprocess
 from services.inference.engine import Session
-from services.inference.errors import BadRequest, DeadlineExceeded, ServiceError, Unavailable
+from services.inference.errors import BadRequest, DeadlineExceeded, ServiceError, TooLarge, Unavailable
 from services.inference.metrics import Metrics
 from services.inference.models import Served
 
@@ -74,10 +74,17 @@ class Scheduler:
     """Start it inside a running event loop; `submit` belongs to that loop, the workers are threads."""
 
     def __init__(
-        self, workers: int, max_batch: int, max_batch_ms: float, max_queue_ms: float, max_pixels: int, metrics: Metrics
+        self,
+        workers: int,
+        max_batch: int,
+        max_batch_ms: float,
+        max_queue_ms: float,
+        max_pixels: int,
+        max_decode_ms: float,
+        metrics: Metrics,
     ) -> None:
         self.max_batch, self.max_batch_s = max_batch, max_batch_ms / 1000
-        self.max_queue_s, self.max_pixels = max_queue_ms / 1000, max_pixels
+        self.max_queue_s, self.max_pixels, self.max_decode_s = max_queue_ms / 1000, max_pixels, max_decode_ms / 1000
         self.metrics, self.workers = metrics, workers
         self._lanes: dict[str, Lane] = {}  # tenants that have work waiting
         self._usage = Usage()
@@ -195,7 +202,12 @@ class Scheduler:
         decoded: list[preprocess.Pixels] = []
         try:
             for data in work.data:
+                if decoded and time.monotonic() > began + self.max_decode_s:  # one alone is bounded by its pixels
+                    raise TooLarge(f"{len(decoded)} of {len(work)} pictures took the time of all to decode; send fewer")
                 decoded.append(preprocess.pixels(data, size, self.max_pixels))
+        except TooLarge as error:
+            self._fail(work, error)
+            return False
         except preprocess.PictureError as error:
             which = f"picture {len(decoded)}: " if len(work) > 1 else ""
             self._fail(work, BadRequest(which + str(error)))

@@ -40,6 +40,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(20 * MiB, ge=1, description="largest request body, also after decompression")
     max_pictures: int = Field(64, ge=1, description="largest number of pictures in one request")
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture that is decoded")
+    max_decode_ms: float = Field(2_000, gt=0, description="time for decoding the pictures of one request")
     header_timeout_s: float = Field(10, gt=0, description="a connection that sends no complete header is closed")
     body_timeout_s: float = Field(20, gt=0, description="a body that takes longer gets 408")
     keep_alive_s: float = Field(

@@ -3,14 +3,15 @@
 import base64
 import json
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
 from services import preprocess
-from tests.services.exports import SIDE, gray_png
-from tests.services.running import Service
+from tests.services.exports import SIDE, export, gray_png
+from tests.services.running import Folder, Service, bit_serve
 
 
 def form(*values: int) -> list[tuple[str, tuple[str, bytes]]]:
@@ -116,3 +117,13 @@ def test_an_answer_that_is_no_single_piece_comes_whole(lamps: Service) -> None:
     assert len(lamps.http.get("/static/playground.js").content) > 1000
     told = lamps.http.post("/v1/lamps/classify", content=gray_png(10), headers={"expect": "100-continue"})
     assert told.json()["predictions"][0]["class"] == "dark"
+
+
+def test_pictures_that_take_too_long_to_decode_are_413(tmp_path: Path) -> None:
+    store = Folder(tmp_path)
+    store.publish("lamps", export())
+    with bit_serve(store, tmp_path, "--max_decode_ms", "0.001") as service:
+        assert service.classify("lamps", gray_png(10)).status_code == 200  # one is bounded by its pixels
+        answer = service.http.post("/v1/lamps/classify", files=form(10, 250))
+        assert answer.status_code == 413
+        assert "1 of 2 pictures took the time of all to decode" in answer.json()["error"]

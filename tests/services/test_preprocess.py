@@ -97,6 +97,16 @@ def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
         decode(header)
 
 
+def test_a_jpeg_of_a_thousand_scans_is_refused() -> None:
+    """Each scan goes over all pixels: a small file that takes minutes."""
+    whole = saved(gradient(), "jpeg", progressive=True)
+    assert decode(whole).shape[2] == 3
+    last = whole.rindex(b"\xff\xda")
+    scan, end = whole[last:-2], whole[-2:]
+    with pytest.raises(PictureError, match=r"a jpeg of 10\d\d scans; at most 100"):
+        decode(whole[:-2] + 1000 * scan + end)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(["png", "jpeg", "webp", "bmp", "gif"]), st.data())
 def test_damaged_pictures_never_crash(kind: str, data: st.DataObject) -> None:
