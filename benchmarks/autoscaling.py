@@ -205,7 +205,7 @@ def draw(traces: dict[tuple[str, str], Trace], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--day", type=float, default=24, help="hours of the daily traffic")
-    parser.add_argument("--storm", type=float, default=12, help="hours of the bursty traffic")
+    parser.add_argument("--storm", type=float, default=8, help="hours of the bursty traffic")
     arguments = parser.parse_args()
     traffics = {"daily": daily(arguments.day), "bursty": bursty(arguments.storm)}
     traces, figures = {}, {}

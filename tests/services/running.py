@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from tests.services.exports import gray_png
 from training.demo.walk import free_port
-from training.serve import process, wait_for
+from training.serve import MLFLOW_WITHOUT_JOBS, process, wait_for
 
 FOLLOWED_WITHIN_S = 5.0
 
@@ -86,7 +86,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1", "--port", str(port)]
-    with process("mlflow", command, folder / "mlflow.log"):
+    with process("mlflow", command, folder / "mlflow.log", MLFLOW_WITHOUT_JOBS):
         wait_for(f"http://127.0.0.1:{port}/health", 60, folder / "mlflow.log")
         yield f"http://127.0.0.1:{port}"
 
