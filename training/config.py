@@ -16,6 +16,8 @@ TENANT_SECTIONS = ("pack", "finetune", "evaluate", "export")
 Positive = Annotated[int, Field(ge=1)]
 Precision = Literal["fp32", "bf16"]
 Sharding = Literal["none", "full"]
+Method = Literal["ridge", "linear", "finetune"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ConfigError(UserError):
@@ -222,6 +224,34 @@ class PromoteConfig(Section):
     max_latency_ratio: float = Field(1.5, gt=0, description="how much longer a picture may take")
 
 
+class PublishedConfig(Section):
+    """Weights that the benchmark starts from, beside or in place of this project's own upstream."""
+
+    name: str = Field(description="how tables and plots call them")
+    arch: str = Field(description="row of the zoo table")
+    weights: str = Field(description="path or URL of an .npz or, for timm's state dict, a .pth")
+    sha256: str | None = Field(None, description="what they must hash to")
+    pictures: Positive | None = Field(None, description="how many they were trained on, for the plot by upstream size")
+
+
+class BenchmarkConfig(Section):
+    """What `bit benchmark` measures. Each value left at null is the suite's own."""
+
+    root: str = Field("data/benchmark", description="folder that holds the datasets, each in a folder of its own")
+    seeds: int = Field(3, ge=3, description="draws and orders that each figure is the median of")
+    datasets: tuple[str, ...] | None = Field(None, min_length=1, description="rows of the datasets' table")
+    methods: tuple[Method, ...] | None = Field(None, min_length=1)
+    shots: tuple[Positive, ...] | None = Field(None, min_length=1, description="examples per class")
+    archs: tuple[str, ...] | None = Field(None, min_length=1, description="rows of the zoo table; default: upstream's")
+    shares: tuple[Share, ...] | None = Field(None, min_length=1, description="of upstream's pictures; 0: fresh filters")
+    noises: tuple[Share, ...] | None = Field(None, min_length=1, description="shares of upstream's labels made wrong")
+    published: tuple[PublishedConfig, ...] = Field((), description="published weights, in place of own upstreams")
+    steps: Positive | None = Field(None, description="of fine-tuning; default: the HyperRule's")
+    upstream_steps: Positive | None = Field(None, description="of an own upstream; default: pretrain's, by its share")
+    head_std: float = Field(0.01, ge=0, description="of the head's random start; 0 is the paper's zero head")
+    l2: float = Field(1024.0, gt=0, description="of ridge regression")
+
+
 class Config(Section):
     """The whole of params.yaml."""
 
@@ -235,3 +265,4 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
     cluster: ClusterConfig = ClusterConfig()
     promote: PromoteConfig = PromoteConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()

@@ -159,15 +159,22 @@ def read_all(paths: list[Path], processes: int | None = None) -> Iterator[Read]:
 
 
 def read_one(path: Path) -> Read:
-    """JPEG and PNG files are kept byte for byte; every other kind becomes PNG. Never raises for a bad picture."""
+    """A picture file, as `read_bytes` keeps it. Never raises for a bad picture."""
     try:
-        data = path.read_bytes()
-        image = preprocess.decode(data)
-    except (preprocess.PictureError, OSError) as error:
+        return read_bytes(path.read_bytes(), str(path))
+    except OSError as error:
         return Read(str(path), error=str(error))
+
+
+def read_bytes(data: bytes, path: str) -> Read:
+    """JPEG and PNG pictures are kept byte for byte; every other kind becomes PNG. Never raises for a bad picture."""
+    try:
+        image = preprocess.decode(data)
+    except preprocess.PictureError as error:
+        return Read(path, error=str(error))
     kind = preprocess.sniff(data)
     if kind not in ("jpeg", "png"):
         data = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
     height, width = image.shape[:2]
     suffix = "jpg" if kind == "jpeg" else "png"
-    return Read(str(path), data, suffix, width, height, hashlib.sha256(data).hexdigest())
+    return Read(path, data, suffix, width, height, hashlib.sha256(data).hexdigest())

@@ -95,22 +95,3 @@ def accuracy_bars(names: Sequence[str], series: Mapping[str, Sequence[float | No
     axes.set_title("test accuracy", fontsize=10, color=INK)
     axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
-
-
-def few_shot(series: Mapping[str, Mapping[str, Sequence[tuple[int, float, float]]]], path: Path) -> None:
-    """Accuracy by examples per class, a panel per dataset: dataset → label → (examples per class, median, deviation)."""
-    figure = Figure(figsize=(4.6 * len(series), 3.4), layout="constrained")
-    for axes, (dataset, lines) in zip(np.atleast_1d(figure.subplots(1, len(series))), series.items(), strict=True):
-        for label, points in lines.items():
-            x, y, deviation = zip(*points, strict=True)
-            axes.errorbar(x, y, deviation, label=label, marker="o", ms=4, capsize=2)
-        axes.set_title(dataset, fontsize=10, color=INK)
-        axes.set_xscale("log")
-        axes.set_xticks(x, [str(count) for count in x])
-        axes.minorticks_off()
-        axes.set_xlabel("examples per class")
-        axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)

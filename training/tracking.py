@@ -67,18 +67,21 @@ def start(
     params: Mapping[str, Any],
     tags: Mapping[str, str],
     active: bool = True,
+    experiment: str | None = None,
+    name: str | None = None,
 ) -> Iterator[Run]:
     """A run of `stage` in the experiment of its tenant (or `bit-upstream`); ends FINISHED, FAILED or KILLED.
 
-    active: false on ranks above 0, whose run records nothing.
+    active: false on ranks above 0, whose run records nothing; experiment, name: where the run is kept and how it is called
+    otherwise.
     """
     if not active:
         yield Run(None, "", "")
         return
     client = connect(uri)
-    experiment = ensure_experiment(client, uri, tenant or UPSTREAM_MODEL)
+    found = ensure_experiment(client, uri, experiment or tenant or UPSTREAM_MODEL)
     all_tags = {"stage": stage, "tenant": tenant or "", "git.commit": git_commit(), **cluster_tags(), **tags}
-    run = client.create_run(experiment, run_name=f"{stage}-{tenant}" if tenant else stage, tags=all_tags)
+    run = client.create_run(found, run_name=name or (f"{stage}-{tenant}" if tenant else stage), tags=all_tags)
     values = [Param(name, str(value)) for name, value in flatten(params).items()]
     client.log_batch(run.info.run_id, params=values)
     try:

@@ -9,7 +9,7 @@ from training.params import load
 
 
 def benchmark(
-    suite: Annotated[str, typer.Option(help="Which table: demo, few-shot.")] = "demo",
+    suite: Annotated[str, typer.Option(help="demo, full, few-shot, vtab, ood, scaling or noise.")] = "demo",
     overrides: Set = None,
 ) -> None:
     """Transfer by the paper's protocols: results.csv, a plot and a Markdown table under runs/benchmark."""

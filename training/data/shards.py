@@ -110,15 +110,18 @@ def write(
     """Writes (split, example) pairs, in their order, as a dataset; returns the index that it also writes."""
     folder.mkdir(parents=True, exist_ok=True)
     writers: dict[str, ShardWriter] = {}
-    for split, example in examples:
-        if split not in writers:
-            writers[split] = ShardWriter(folder, split, shard_bytes)
-        writers[split].add(example)
+    try:
+        for split, example in examples:
+            if split not in writers:
+                writers[split] = ShardWriter(folder, split, shard_bytes)
+            writers[split].add(example)
+    finally:
+        for writer in writers.values():
+            writer.close()
     rows: list[dict[str, Any]] = []
     splits = {}
     for split in sorted(writers):
         writer = writers[split]
-        writer.close()
         counts = np.bincount([label for row in writer.rows for label in row["labels"]], minlength=len(classes))
         splits[split] = {
             "num_examples": len(writer.rows),

@@ -1,69 +1,269 @@
-"""The table of datasets that transfer is measured on. A new one is a row; it must be packed before it is measured."""
+"""The table of datasets that transfer is measured on: one row each. Any source becomes shards once, below `benchmark.root`.
 
+A dataset lies in <root>/<folder>, as its authors, torchvision, TFDS or Hugging Face lay it out, in class folders, or packed; a
+.dvc file beside it may track it. Nothing is downloaded: absent data says what to get and where to put it.
+"""
+
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
+from services import preprocess
 from training.config import ConfigError
-from training.data.shards import Dataset
+from training.data import shards
+from training.data.shards import Dataset, Example
+from training.pack import read_bytes, split_of
+from training.study import arrays, authors, demo, folders, hub, labels, tfds
+from training.study.source import Label, Reader, Source, Task, png
 
 Group = Literal["natural", "specialized", "structured", "demo"]
+FRESH = {"train": 0.8, "test": 0.2}  # by content, where a source has no test split
+SHARD_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Row:
-    """folder: where the packed shards are; get: what to download; flips, crops: whether the label survives them."""
+    """One dataset.
 
-    folder: str
+    get: what to download; flips, crops: whether the label survives them; folder: below the root, the name where empty;
+    native: reader of the authors' own files; tfds: its name there; label: the field of the label, or how it follows from an
+    example's fields; test: the split that is tested on; tuned_on: the dataset whose classes its own map to.
+    """
+
     classes: int
     group: Group
     get: str
     flips: bool = True
     crops: bool = True
+    folder: str = ""
+    native: Reader | None = None
+    tfds: str = ""
+    label: Label = "label"
+    test: str = "test"
+    tuned_on: str = ""
+    black_and_white: bool = False  # pictures of 0 and 1
 
 
-def _row(name: str, classes: int, group: Group, get: str, flips: bool = True, crops: bool = True) -> tuple[str, Row]:
-    return name, Row(f"data/benchmark/{name}", classes, group, get, flips, crops)
-
-
-DATASETS: dict[str, Row] = dict(
-    [
-        ("digits", Row("runs/pack/digits", 10, "demo", "`bit demo data`, then `bit pack digits`", flips=False)),
-        ("textures", Row("runs/pack/textures", 3, "demo", "`bit demo data`, then `bit pack textures`")),
-        _row("ilsvrc", 1000, "natural", "ILSVRC-2012 from image-net.org"),
-        _row("objectnet", 313, "natural", "ObjectNet from objectnet.dev"),
-        _row("cifar10", 10, "natural", "CIFAR-10 as folders of pictures"),
-        _row("cifar100", 100, "natural", "CIFAR-100 as folders of pictures"),
-        _row("caltech101", 102, "natural", "Caltech-101"),
-        _row("dtd", 47, "natural", "Describable Textures"),
-        _row("flowers", 102, "natural", "Oxford Flowers-102"),
-        _row("pets", 37, "natural", "Oxford-IIIT Pets"),
-        _row("sun397", 397, "natural", "SUN397"),
-        _row("svhn", 10, "natural", "SVHN, cropped digits", flips=False),
-        _row("camelyon", 2, "specialized", "PatchCamelyon"),
-        _row("eurosat", 10, "specialized", "EuroSAT, RGB"),
-        _row("resisc45", 45, "specialized", "NWPU-RESISC45"),
-        _row("retinopathy", 5, "specialized", "Kaggle Diabetic Retinopathy"),
-        _row("clevr-count", 8, "structured", "CLEVR, number of objects", crops=False),
-        _row("clevr-distance", 6, "structured", "CLEVR, distance of the nearest object", crops=False),
-        _row("dmlab", 6, "structured", "DMLab frames"),
-        _row("kitti-distance", 4, "structured", "KITTI, distance of the nearest vehicle", crops=False),
-        _row("dsprites-location", 16, "structured", "dSprites, x position", flips=False, crops=False),
-        _row("dsprites-orientation", 16, "structured", "dSprites, orientation", flips=False, crops=False),
-        _row("smallnorb-azimuth", 18, "structured", "smallNORB, azimuth", flips=False, crops=False),
-        _row("smallnorb-elevation", 9, "structured", "smallNORB, elevation", crops=False),
-    ]
+CLEVR = "CLEVR_v1.0.zip from cs.stanford.edu/people/jcjohns/clevr"
+DSPRITES = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz from github.com/google-deepmind/dsprites-dataset"
+NORB = "the .mat.gz files of smallNORB from cs.nyu.edu/~ylclab/data/norb-v1.0-small"
+DATASETS: dict[str, Row] = {
+    "digits": Row(10, "demo", "scikit-learn, which brings it", flips=False, native=demo.digits),
+    "textures": Row(3, "demo", "scikit-image, which brings it", native=demo.textures),
+    "ilsvrc": Row(
+        1000,
+        "natural",
+        "ILSVRC-2012 from image-net.org as train/<wnid>/ and val/<wnid>/",
+        tfds="imagenet2012",
+        test="validation",
+    ),
+    "objectnet": Row(
+        313, "natural", "objectnet-1.0.zip from objectnet.dev", native=authors.objectnet, tuned_on="ilsvrc"
+    ),
+    "cifar10": Row(
+        10,
+        "natural",
+        "cifar-10-binary.tar.gz from cs.toronto.edu/~kriz/cifar.html",
+        native=arrays.cifar10,
+        tfds="cifar10",
+    ),
+    "cifar100": Row(
+        100,
+        "natural",
+        "cifar-100-binary.tar.gz from cs.toronto.edu/~kriz/cifar.html",
+        native=arrays.cifar100,
+        tfds="cifar100",
+    ),
+    "caltech101": Row(102, "natural", "caltech-101.zip from data.caltech.edu/records/mzrjq-6wc02", tfds="caltech101"),
+    "dtd": Row(47, "natural", "dtd-r1.0.1.tar.gz from robots.ox.ac.uk/~vgg/data/dtd", native=authors.dtd, tfds="dtd"),
+    "flowers": Row(
+        102,
+        "natural",
+        "102flowers.tgz, imagelabels.mat and setid.mat from robots.ox.ac.uk/~vgg/data/flowers/102",
+        native=authors.flowers,
+        tfds="oxford_flowers102",
+    ),
+    "pets": Row(
+        37,
+        "natural",
+        "images.tar.gz and annotations.tar.gz from robots.ox.ac.uk/~vgg/data/pets",
+        native=authors.pets,
+        tfds="oxford_iiit_pet",
+    ),
+    "sun397": Row(
+        397, "natural", "SUN397 from vision.princeton.edu/projects/2010/SUN, as TFDS lays it out", tfds="sun397"
+    ),
+    "svhn": Row(
+        10,
+        "natural",
+        "train_32x32.mat and test_32x32.mat from ufldl.stanford.edu/housenumbers",
+        flips=False,
+        native=arrays.svhn,
+        tfds="svhn_cropped",
+    ),
+    "camelyon": Row(2, "specialized", "PatchCamelyon, as TFDS or Hugging Face lay it out", tfds="patch_camelyon"),
+    "eurosat": Row(10, "specialized", "EuroSAT.zip (RGB) from zenodo.org/records/7711810", tfds="eurosat"),
+    "resisc45": Row(45, "specialized", "NWPU-RESISC45.rar, unpacked", tfds="resisc45"),
+    "retinopathy": Row(
+        5,
+        "specialized",
+        "train/ and trainLabels.csv from kaggle.com/c/diabetic-retinopathy-detection",
+        native=authors.retinopathy,
+        tfds="diabetic_retinopathy_detection",
+    ),
+    "clevr-count": Row(
+        8,
+        "structured",
+        CLEVR,
+        crops=False,
+        folder="clevr",
+        native=authors.clevr,
+        tfds="clevr",
+        label=labels.clevr_count,
+        test="validation",
+    ),
+    "clevr-distance": Row(
+        6,
+        "structured",
+        CLEVR,
+        crops=False,
+        folder="clevr",
+        native=authors.clevr,
+        tfds="clevr",
+        label=labels.clevr_distance,
+        test="validation",
+    ),
+    "dmlab": Row(6, "structured", "dmlab, as TFDS lays it out", tfds="dmlab"),
+    "kitti-distance": Row(
+        4,
+        "structured",
+        "data_object_image_2.zip and data_object_label_2.zip from cvlibs.net/datasets/kitti",
+        crops=False,
+        folder="kitti",
+        native=authors.kitti,
+        tfds="kitti",
+        label=labels.kitti_distance,
+    ),
+    "dsprites-location": Row(
+        16,
+        "structured",
+        DSPRITES,
+        flips=False,  # the place in the picture is the label, or part of it
+        crops=False,
+        folder="dsprites",
+        native=arrays.dsprites,
+        tfds="dsprites",
+        label=labels.dsprites_location,
+        black_and_white=True,
+    ),
+    "dsprites-orientation": Row(
+        16,
+        "structured",
+        DSPRITES,
+        flips=False,  # the place in the picture is the label, or part of it
+        crops=False,
+        folder="dsprites",
+        native=arrays.dsprites,
+        tfds="dsprites",
+        label=labels.dsprites_orientation,
+        black_and_white=True,
+    ),
+    "smallnorb-azimuth": Row(
+        18,
+        "structured",
+        NORB,
+        flips=False,  # the place in the picture is the label, or part of it
+        crops=False,
+        folder="smallnorb",
+        native=arrays.smallnorb,
+        tfds="smallnorb",
+        label="label_azimuth",
+    ),
+    "smallnorb-elevation": Row(
+        9,
+        "structured",
+        NORB,
+        crops=False,
+        folder="smallnorb",
+        native=arrays.smallnorb,
+        tfds="smallnorb",
+        label="label_elevation",
+    ),
+}
+# The 19 tasks of VTAB, in its own order. Source: Zhai et al., 2019, table 2.
+VTAB = (
+    *("caltech101", "cifar100", "dtd", "flowers", "pets", "sun397", "svhn"),
+    *("camelyon", "eurosat", "resisc45", "retinopathy"),
+    *("clevr-count", "clevr-distance", "dmlab", "dsprites-location", "dsprites-orientation"),
+    *("kitti-distance", "smallnorb-azimuth", "smallnorb-elevation"),
 )
 
 
-def opened(name: str) -> Dataset:
-    """The packed dataset of a row. Raises ConfigError with what to download and where to put it."""
+def opened(name: str, root: Path) -> Dataset:
+    """The dataset of a row, packed first where it is not yet.
+
+    Raises ConfigError for a name that the table lacks, and for absent data with what to download and where to put it.
+    """
     if name not in DATASETS:
         raise ConfigError(f"dataset {name!r} is not in the benchmark's table. Choices: {', '.join(DATASETS)}.")
-    row = DATASETS[name]
-    if not Path(row.folder, "index.json").is_file():
+    row, packed = DATASETS[name], root / "packed" / name
+    if (packed / shards.INDEX).is_file():
+        return Dataset.open(packed)
+    folder = root / (row.folder or name)
+    if (folder / shards.INDEX).is_file():
+        return Dataset.open(folder)
+    source = found(row, folder)
+    if source is None:
+        raise ConfigError(absent(name, row, folder))
+    if len(source.classes) != row.classes:
         raise ConfigError(
-            f"{row.folder} is not there. Get {row.get}; pictures in <split>/<class>/ folders or a labels.csv are packed by "
-            f"`training.pack.pack` into {row.folder}."
+            f"{folder} holds {len(source.classes)} classes, {name} has {row.classes}. Is it complete? Get {row.get}."
         )
-    return Dataset.open(row.folder)
+    partial = packed.with_name(f"{name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shards.write(
+        partial, examples(source, row), source.classes, False, SHARD_BYTES, {"source": name, "answers": source.answers}
+    )
+    partial.rename(packed)
+    return Dataset.open(packed)
+
+
+def found(row: Row, folder: Path) -> Source | None:
+    """The source of a row in the first layout that its folder has."""
+    task = Task(row.label, row.classes)
+    if row.native and (source := row.native(folder, task)):
+        return source
+    for reader in (tfds.read, hub.read, folders.read):
+        if source := reader(folder, task):
+            return source
+    return None
+
+
+def absent(name: str, row: Row, folder: Path) -> str:
+    """What a person must do to have the dataset."""
+    if Path(f"{folder}.dvc").is_file():
+        return f"{folder} is tracked by DVC and not here: run `dvc pull {folder}.dvc`."
+    kinds = [f"TFDS's {row.tfds}/ with its tfrecord files"] if row.tfds else []
+    kinds += ["Hugging Face's parquet files", "<split>/<class>/ folders", "shards of `bit pack`"]
+    return f"{folder} does not hold {name}. Put there what {row.get} unpacks to; also read: {', '.join(kinds)}."
+
+
+def examples(source: Source, row: Row) -> Iterator[tuple[str, Example]]:
+    """(split, example) of a source. Splits are train, validation and test; without a test split the content decides."""
+    for number, (split, label, data) in enumerate(source.samples):
+        read = read_bytes(data, f"example {number}")
+        if row.black_and_white and not read.error:
+            read = read_bytes(png(np.minimum(preprocess.decode(data)[..., 0], 1) * 255), read.path)
+        if read.error:
+            raise ConfigError(f"{source.place}: {read.path} cannot be read: {read.error}. Get the dataset again.")
+        if split is None:
+            split = split_of(read.sha256, FRESH)
+        elif row.test != "test":
+            if split == "test":  # its labels were never published
+                continue
+            split = "test" if split == row.test else split
+        yield split, Example(f"{number:08d}", read.data, read.suffix, (label,), read.width, read.height, read.sha256)

@@ -1,6 +1,7 @@
 """Which examples a run of the benchmark sees: a pure function of (dataset, protocol, seed)."""
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from training.config import ConfigError
 from training.data.shards import Dataset, Split
+from training.study.suites import Protocol
 
 VTAB_TRAIN, VTAB_VALIDATION = 800, 200
 
@@ -35,14 +37,28 @@ class Drawn(Dataset):
         return Split(self, name, self.tables[name])
 
 
-def few_shot(data: Dataset, shots: int, seed: int) -> Drawn:
-    """`shots` examples per class of the pool, tested on the rest of the dataset: half of all examples, the same for every seed.
+def of(protocol: Protocol, data: Dataset, shots: int, seed: int) -> "Drawn":
+    """The examples of a protocol: splits `train` and `test`, for VTAB-1k `validation` too."""
+    if protocol == "few-shot":
+        return few_shot(data, shots, seed)
+    return vtab(data, seed) if protocol == "vtab-1k" else whole(data)
 
-    The pool is the other half. Raises ConfigError where a class has fewer examples there.
-    """
-    labels = labels_of(data)
-    held_out = np.random.default_rng(0x7E57).permutation(len(labels))[: len(labels) // 2]
-    pool = np.setdiff1d(np.arange(len(labels)), held_out)
+
+def whole(data: Dataset) -> Drawn:
+    """Everything that is not for the test is for training, as in the paper's full transfers."""
+    pool, test = _parts(data)
+    return Drawn(data, {"train": pool, "test": test})
+
+
+def most_shots(data: Dataset) -> int:
+    """Examples that the smallest class has for training."""
+    pool, _ = _parts(data)
+    return int(np.bincount(labels_of(data)[pool], minlength=data.num_classes).min())
+
+
+def few_shot(data: Dataset, shots: int, seed: int) -> Drawn:
+    """`shots` training examples per class, tested on the whole test split. Raises ConfigError where a class has fewer."""
+    labels, (pool, test) = labels_of(data), _parts(data)
     rng = np.random.default_rng((seed, shots))
     chosen = []
     for label in range(data.num_classes):
@@ -52,42 +68,48 @@ def few_shot(data: Dataset, shots: int, seed: int) -> Drawn:
                 f"{data.url}: class {data.classes[label]!r} has {len(of_class)} examples to draw {shots} from; fewer shots."
             )
         chosen.append(rng.choice(of_class, shots, replace=False))
-    return Drawn(data, {"train": np.sort(np.concatenate(chosen)), "test": np.sort(held_out)})
+    return Drawn(data, {"train": np.sort(np.concatenate(chosen)), "test": test})
 
 
 def vtab(data: Dataset, seed: int) -> Drawn:
-    """VTAB-1k: 800 + 200 examples of the split `train`, whole test split. Source: Zhai et al., 2019."""
-    splits = np.array(data._examples["split"].to_pylist())
-    train = np.flatnonzero(splits == "train")
-    if len(train) < VTAB_TRAIN + VTAB_VALIDATION:
-        raise ConfigError(f"{data.url}: VTAB-1k draws 1,000 training examples; there are {len(train)}.")
-    order = np.random.default_rng(seed).permutation(train)[: VTAB_TRAIN + VTAB_VALIDATION]
-    rows = {"train": order[:VTAB_TRAIN], "validation": order[VTAB_TRAIN:], "test": np.flatnonzero(splits == "test")}
-    return Drawn(data, {name: np.sort(indices) for name, indices in rows.items()})
+    """VTAB-1k: 800 + 200 examples of those for training, whole test split. Source: Zhai et al., 2019."""
+    pool, test = _parts(data)
+    if len(pool) < VTAB_TRAIN + VTAB_VALIDATION:
+        raise ConfigError(f"{data.url}: VTAB-1k draws 1,000 training examples; there are {len(pool)}.")
+    order = np.random.default_rng(seed).permutation(pool)[: VTAB_TRAIN + VTAB_VALIDATION]
+    rows = {"train": order[:VTAB_TRAIN], "validation": order[VTAB_TRAIN:]}
+    return Drawn(data, {name: np.sort(indices) for name, indices in rows.items()} | {"test": test})
 
 
-def noisy(data: Dataset, share: float, seed: int) -> Drawn:
-    """The dataset with `share` of its training labels replaced by another class, drawn evenly. Raises ConfigError."""
-    if not 0 <= share <= 1:
-        raise ConfigError(f"label noise {share}: a share from 0 to 1 is expected.")
-    labels, splits = labels_of(data), np.array(data._examples["split"].to_pylist())
-    train = np.flatnonzero(splits == "train")
-    rng = np.random.default_rng(seed)
-    flipped = rng.permutation(train)[: round(share * len(train))]
-    labels[flipped] = (labels[flipped] + rng.integers(1, data.num_classes, len(flipped))) % data.num_classes
-    rows = {name: np.flatnonzero(splits == name) for name in data.splits}
-    return Drawn(data, rows, [[int(label)] for label in labels])
+@lru_cache(maxsize=64)
+def _parts(data: Dataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the examples for training (validation among them) and for the test."""
+    if "test" not in data.splits:
+        raise ConfigError(
+            f"{data.url} has no split `test`, which the benchmark measures on; it has {', '.join(data.splits)}."
+        )
+    tested = np.array(data._examples["split"].to_pylist()) == "test"
+    return np.flatnonzero(~tested), np.flatnonzero(tested)
 
 
-def part(data: Dataset, share: float, seed: int) -> Drawn:
-    """`share` of the training examples, the other splits whole: a smaller upstream."""
+def upstream(data: Dataset, share: float, noise: float, seed: int) -> Dataset:
+    """`share` of the training examples, `noise` of those under another class, drawn evenly; the other splits as they are."""
+    if share == 1 and noise == 0:
+        return data
     splits = np.array(data._examples["split"].to_pylist())
     rows = {name: np.flatnonzero(splits == name) for name in data.splits}
     count = max(1, round(share * len(rows["train"])))
-    rows["train"] = np.sort(np.random.default_rng(seed).permutation(rows["train"])[:count])
-    return Drawn(data, rows)
+    order = np.random.default_rng(seed).permutation(rows["train"])[:count]
+    rows["train"] = np.sort(order)
+    if noise == 0:
+        return Drawn(data, rows)
+    labels, rng = labels_of(data).copy(), np.random.default_rng((seed, 0x7015E))
+    flipped = rng.permutation(order)[: round(noise * count)]
+    labels[flipped] = (labels[flipped] + rng.integers(1, data.num_classes, len(flipped))) % data.num_classes
+    return Drawn(data, rows, [[int(label)] for label in labels])
 
 
+@lru_cache(maxsize=64)
 def labels_of(data: Dataset) -> NDArray[np.int64]:
     """The class of every example, int64 [n]. Raises ConfigError where examples have several."""
     if data.multi_label:
