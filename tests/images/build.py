@@ -1,6 +1,6 @@
 """The project's images, built without a Docker engine: buildah on a base made by debootstrap, wheels collected beforehand.
 
-    python -m tests.images.build inference image.tar        (as root; about two minutes when nothing is there yet)
+    python -m tests.images.build inference image.tar        (as root; inference, training-cpu or mlflow)
 
 Base and images are kept in ${XDG_CACHE_HOME:-~/.cache}/bit-images; a target is built again when what it copies changed.
 """
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +24,7 @@ BASE = "localhost/bit-base:12"
 TOOLS = ("buildah", "debootstrap", "runc")
 COPIED = ("Dockerfile", ".dockerignore", "docker", "pyproject.toml", "README.md", "LICENSE", "services", "training")
 REQUIREMENTS = ROOT / "docker" / "requirements"
+LOCKS = {"inference": ("build", "services"), "training-cpu": ("build", "training"), "mlflow": ("build", "mlflow")}
 TORCH = "torch==2.13.0"
 
 
@@ -92,33 +94,39 @@ def base() -> str:
     return BASE
 
 
-def wheels() -> Path:
-    """What docker/requirements locks, as this machine's pip gets it; torch is the build that pip takes here."""
-    locks = [REQUIREMENTS / f"{name}.txt" for name in ("build", "services", "training")]
-    folder = CACHE / f"wheels-{digest_of(locks, TORCH)}"
-    if not folder.is_dir():
-        temporary = folder.with_suffix(".partial")
-        shutil.rmtree(temporary, ignore_errors=True)
+def wheels(target: str) -> Path:
+    """A folder with what the target's lock files name, as this machine's pip gets it. torch is the build that pip takes here.
+
+    One folder for all: each file is told from others by version and hash, and what is there is not fetched again.
+    """
+    folder = CACHE / "wheels"
+    folder.mkdir(parents=True, exist_ok=True)
+    for lock in (REQUIREMENTS / f"{name}.txt" for name in LOCKS[target]):
+        complete = folder / f".{lock.stem}-{digest_of([lock], TORCH)}"
+        if complete.exists():
+            continue
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--prefer-binary"]
-        download += ["--no-build-isolation", "--dest", str(temporary)]
-        locked = [f"-r{lock}" for lock in locks]
-        subprocess.run([*download, "--require-hashes", *locked], check=True, stdout=sys.stderr)
-        subprocess.run([*download, TORCH], check=True, stdout=sys.stderr)
-        temporary.rename(folder)
+        download += ["--no-build-isolation", "--dest", str(folder)]
+        subprocess.run([*download, "--require-hashes", f"-r{lock}"], check=True, stdout=sys.stderr)
+        if lock.stem == "training":
+            subprocess.run([*download, TORCH], check=True, stdout=sys.stderr)
+        complete.touch()
     return folder
 
 
 def build(target: str, context: Path = ROOT, revision: str = "test") -> str:
-    """Builds a target of the Dockerfile in `context`; the image's name."""
-    image = f"localhost/bit-{target}:{digest_of([ROOT / name for name in COPIED], str(context), revision)}"
+    """Builds a target of the Dockerfile in `context`, unless an image of the same sources is there; the image's name."""
+    image = f"localhost/bit-{target}:{digest_of([context / name for name in COPIED], revision, below=context)}"
     with alone():
         if exists(image):
             return image
+        with ThreadPoolExecutor() as both:  # one waits for the network, the other for the processor
+            ground, wheelhouse = both.submit(base), both.submit(wheels, target)
         arguments = [
             "bud", "--quiet", "--layers", "--isolation", "chroot", "--format", "docker", "--target", target,
-            "--tag", image, "--build-arg", f"BASE={base()}", "--build-arg", "PIP_NO_INDEX=1",
+            "--tag", image, "--build-arg", f"BASE={ground.result()}", "--build-arg", "PIP_NO_INDEX=1",
             "--build-arg", f"REVISION={revision}", "--build-arg", f"TORCH={TORCH}",
-            "--build-context", f"wheels={wheels()}", str(context),
+            "--build-context", f"wheels={wheelhouse.result()}", str(context),
         ]  # fmt: skip
         buildah(*arguments)
         return image
@@ -130,13 +138,13 @@ def save(image: str, archive: Path) -> Path:
     return archive
 
 
-def digest_of(paths: Iterable[Path], *texts: str) -> str:
-    """Hash of files, folders (their Python and other sources) and strings."""
+def digest_of(paths: Iterable[Path], *texts: str, below: Path = ROOT) -> str:
+    """Hash of strings and of files and folders with their names below a folder."""
     digest = hashlib.sha256("\0".join(texts).encode())
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file() and "__pycache__" not in file.parts:
-                digest.update(f"{file.relative_to(ROOT)}\0".encode())
+                digest.update(f"{file.relative_to(below)}\0".encode())
                 digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 

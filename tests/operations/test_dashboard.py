@@ -2,24 +2,30 @@
 
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from charts.dashboard import dashboard
-from tests.operations.prometheus import Prometheus, prometheus
+from tests.operations.prometheus import Prometheus, Sample, prometheus
 from tests.services.exports import export, gray_png
 from tests.services.running import Folder, Service, bit_serve
+from training.data.shards import Dataset
+from training.demo.walk import free_port
+from training.serve import process
 
 FILE = Path(__file__).parents[2] / "charts/inference/files/dashboard.json"
 LABELS = {"namespace": "shop", "job": "bit-serve", "pod": "pod-0"}
 PANELS: list[dict[str, Any]] = [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
 QUERIES = {f"{p['title']} {t['refId']}": t["expr"] for p in PANELS for t in p["targets"]}
 SERVICE = {name: query for name, query in QUERIES.items() if "bit_training" not in query}
+TRAINING = {name: query for name, query in QUERIES.items() if name not in SERVICE}
 
 
 def asked(query: str) -> str:
@@ -92,6 +98,29 @@ def test_every_query_about_the_service_returns_data(watched: tuple[Service, Prom
     finally:
         stop.set()
         asking.join()
+
+
+def test_every_query_about_a_training_returns_data_of_a_real_one(dataset: Dataset, tmp_path: Path) -> None:
+    """Two trainings at once, upstream and a tenant's, each on its own port as in its own pod; they end when all is seen."""
+    scrapes = []
+    with ExitStack() as stack:
+        for name in ("upstream", "cats-transfer"):
+            port = free_port()
+            command = [sys.executable, "-m", "tests.training.engine.small_training"]
+            command += [dataset.url, str(tmp_path / f"{name}.npz"), "100000", name]
+            given = {"BIT_METRICS_PORT": str(port), "BIT_CHECKPOINTS": str(tmp_path / "checkpoints")}
+            stack.enter_context(process(name, command, tmp_path / f"{name}.log", given))
+            target = {"targets": [f"127.0.0.1:{port}"], "labels": {"namespace": "train", "pod": f"{name}-0"}}
+            scrapes.append({"job_name": name, "static_configs": [target]})
+        watching = stack.enter_context(prometheus(tmp_path, scrapes))
+        for query in TRAINING.values():
+            watching.wait(asked(query), both, 90)
+
+
+def both(found: list[Sample]) -> bool:
+    """Whether the answer has a number for the upstream training and for the tenant's."""
+    seen = {(where["stage"], where.get("tenant", "")) for where, value in found if value == value}
+    return seen == {("pretrain", ""), ("finetune", "cats")}
 
 
 def usable(watching: Prometheus, query: str) -> bool:
