@@ -6,7 +6,7 @@ MLFLOW_PORT ?= 5000
 TORCH ?= torch==2.13.0
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup demo serve test test-load bench-autoscaling test-autoscaling test-cluster lint bench bench-serving bench-swaps bench-transfer clean test-images test-node test-charts lock
+.PHONY: setup demo serve test test-load bench-autoscaling test-autoscaling test-cluster lint bench bench-serving bench-swaps bench-transfer clean test-images test-node test-charts test-engine test-xla lock
 
 setup: .venv/.stamp
 
@@ -76,6 +76,17 @@ test-cluster: .venv/.stamp-dev
 # Real Prometheus, KEDA and HPA act on the load of a real service: needs ../shared/k8s, Debian's prometheus and both cores.
 test-autoscaling: .venv/.stamp-dev
 	pytest -m heavy tests/autoscaling
+
+# The training loop on torch_xla's device for processors, in an environment of its own (its torch is another; 4 GB).
+test-xla: .peers/xla/.stamp
+	PJRT_DEVICE=CPU .peers/xla/bin/python -m pytest --noconftest -p no:cacheprovider tests/xla
+
+.peers/xla/.stamp: constraints.txt
+	$(PYTHON) -m venv .peers/xla
+	grep -v '^torch' constraints.txt > .peers/xla/constraints.txt
+	.peers/xla/bin/pip install --quiet -c .peers/xla/constraints.txt torch==2.9.0 torch_xla==2.9.0 fsspec numpy opencv-python-headless \
+		prometheus-client pyarrow pydantic pytest pyyaml rich simplejpeg httpx
+	touch $@
 
 bench: setup
 	python -m benchmarks.training_step

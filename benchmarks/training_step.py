@@ -4,29 +4,28 @@
 
 plain: standardisation by var_mean, NCHW, as in the authors' PyTorch code. twin: the same convolutions with BatchNorm and no
 standardisation, channels_last: what GroupNorm and standardisation cost is the distance to it. timm: its own form, eager, where
-timm is installed (on a GPU compiled too: --device cuda). fused: ours with `fused: true`. Steps of all are timed in turn, so that
-a machine that slows down slows them all; the ratios are medians over the rounds.
+timm is installed (on a GPU compiled too: --device cuda). fused: ours with `fused: true`. Steps of all, in both precisions, are
+timed in turn, so that a machine that slows down slows them all; the ratios are medians over the rounds.
 """
 
 import argparse
 import importlib.util
-import json
-import platform
 import statistics
 import time
-from datetime import UTC, datetime
-from pathlib import Path
+from collections import defaultdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import machine
 from training.models import fused, zoo
 from training.models.archs import ARCHS
 from training.models.resnet import GroupNormReLU, StdConv2d
 
-RESULTS = Path(__file__).with_name("results")
+PRECISIONS = ("fp32", "bf16")
 
 
 class PlainStdConv2d(StdConv2d):
@@ -83,8 +82,10 @@ def variants(arch: str, device: torch.device) -> dict[str, tuple[nn.Module, torc
     return {name: (network.to(device), layout) for name, (network, layout) in chosen.items()}
 
 
-def measure(arch: str, batch: int, side: int, rounds: int, bf16: bool, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every step for each variant, round by round."""
+def measure(
+    arch: str, batch: int, side: int, rounds: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of every step for each `<precision> <variant>`, round by round; and on a GPU the peak of memory in GB."""
     torch.manual_seed(0)
     networks = variants(arch, device)
     images = torch.randn(batch, 3, side, side, device=device)
@@ -93,21 +94,48 @@ def measure(arch: str, batch: int, side: int, rounds: int, bf16: bool, device: t
         name: torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, fused=True)
         for name, (network, _) in networks.items()
     }
-    took: dict[str, list[float]] = {name: [] for name in networks}
+    took: dict[str, list[float]] = defaultdict(list)
+    peaks: dict[str, float] = {}
     for number in range(rounds + 1):
         for name, (network, memory_format) in networks.items():
             pictures = images.contiguous(memory_format=memory_format)
-            began = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = network(pictures)
-            F.cross_entropy(logits.float(), labels).backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number:  # the first round warms up
-                took[name].append(time.perf_counter() - began)
-    return took
+            for precision in PRECISIONS:
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                began = time.perf_counter()
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    logits = network(pictures)
+                F.cross_entropy(logits.float(), labels).backward()
+                optimizers[name].step()
+                optimizers[name].zero_grad()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                    peaks[f"{precision} {name}"] = torch.cuda.max_memory_allocated(device) / 1e9
+                if number:  # the first round warms up
+                    took[f"{precision} {name}"].append(time.perf_counter() - began)
+    return took, peaks
+
+
+def largest_batch(network: nn.Module, layout: torch.memory_format, side: int, device: torch.device) -> int:
+    """The largest batch in steps of an eighth that a bf16 step of a network takes on a GPU."""
+
+    def fits(batch: int) -> bool:
+        try:
+            pictures = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=layout)
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = network(pictures).float().sum()
+            loss.backward()
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            network.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+
+    good = 8
+    while fits(good * 2):
+        good *= 2
+    return next((good * part // 8 for part in range(15, 8, -1) if fits(good * part // 8)), good)
 
 
 def ratio(took: dict[str, list[float]], slow: str, quick: str) -> float:
@@ -131,57 +159,46 @@ def macs_of(arch: str, side: int) -> float:
     return counter.get_total_flops() / 2
 
 
-def processor() -> str:
-    """The processor's name as Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="R50x1", choices=list(ARCHS))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--side", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu", type=torch.device, help="cpu or cuda")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--largest", action="store_true", help="on a GPU: each variant's largest batch too")
     arguments = parser.parse_args()
-    device, figures = arguments.device, {}
-    peak = peak_tflops(device)
-    for precision in ("fp32", "bf16"):
-        took = measure(arguments.arch, arguments.batch, arguments.side, arguments.rounds, precision == "bf16", device)
-        figures[precision] = {}
-        for name, seconds in took.items():
-            speed = arguments.batch / statistics.median(seconds)
-            figures[precision][name] = {
-                "pictures_per_s": round(speed, 2),
-                "times_plain": ratio(took, "plain", name),
-                "share_of_twin": ratio(took, "twin", name),
-            }
-            if peak and precision == "bf16":  # forward and backward: three times the forward's two operations a MAC
-                macs = macs_of(arguments.arch, arguments.side)
-                figures[precision][name]["flop_utilisation"] = round(6 * macs * speed / (peak * 1e12), 3)
-            print(f"{arguments.arch} {precision} {name}: {figures[precision][name]}", flush=True)
-    machine = {
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    arguments.out.mkdir(exist_ok=True)
-    path = arguments.out / f"training_step-{device.type}-{datetime.now(UTC):%Y-%m-%d}.json"
-    path.write_text(
-        json.dumps(
-            {
-                "arguments": {key: str(value) for key, value in vars(arguments).items()},
-                "machine": machine,
-                "figures": figures,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
-    print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    device: torch.device = arguments.device
+    described = machine.describe("torch", *(["timm"] if importlib.util.find_spec("timm") else []))
+    described |= {"threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        described["card"] = torch.cuda.get_device_name(device)
+    took, peaks = measure(arguments.arch, arguments.batch, arguments.side, arguments.rounds, device)
+    figures: dict[str, Any] = {}
+    for key, seconds in took.items():
+        precision, name = key.split(" ", 1)
+        speed = arguments.batch / statistics.median(seconds)
+        figures[key] = {
+            "pictures_per_s": round(speed, 2),
+            "times_plain_fp32": ratio(took, "fp32 plain", key),
+            "times_plain": ratio(took, f"{precision} plain", key),
+            "share_of_twin": ratio(took, f"{precision} twin", key),
+        }
+        if f"{precision} timm" in took:
+            figures[key]["times_timm"] = ratio(took, f"{precision} timm", key)
+        if key in peaks:
+            figures[key]["memory_gb"] = round(peaks[key], 2)
+        if (peak := peak_tflops(device)) and precision == "bf16":  # forward and backward: 3 × 2 operations a MAC
+            macs = macs_of(arguments.arch, arguments.side)
+            figures[key]["flop_utilisation"] = round(6 * macs * speed / (peak * 1e12), 3)
+        print(f"{key:>20}: " + "  ".join(f"{name} {value}" for name, value in figures[key].items()), flush=True)
+    if arguments.largest and device.type == "cuda":
+        for name, (network, layout) in variants(arguments.arch, device).items():
+            figures[f"bf16 {name}"]["largest_batch"] = largest_batch(network, layout, arguments.side, device)
+            print(f"{name}: largest batch {figures[f'bf16 {name}']['largest_batch']}", flush=True)
+    settings = {key: str(value) for key, value in vars(arguments).items()}
+    name = f"training_step-{device.type}-{arguments.arch}-{arguments.side}"
+    machine.write(name, described, {"settings": settings, **figures})
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ class PackConfig(Section):
 
 HOW = (
     *("micro_batch", "evaluate_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
-    *("activation_checkpointing", "sharding", "timeout_s", "max_skipped_steps", "scratch"),
+    *("activation_checkpointing", "sharding", "timeout_s", "max_skipped_steps", "max_failures", "max_hours"),
+    *("augment_on", "scratch"),
 )
 
 
@@ -80,6 +81,16 @@ class Optimisation(Section):
         None, description="a step with a larger gradient is skipped; default: only one that is not finite"
     )
     max_skipped_steps: int = Field(0, ge=0, description="skipped steps in a row before training stops")
+
+    max_failures: int | None = Field(
+        None, ge=0, description="attempts that may fail or be killed before a restart is refused; default: any number"
+    )
+    max_hours: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="wall clock of all attempts together; then a checkpoint and the end; default: no limit"
+    )
+    augment_on: Literal["host", "device"] = Field(
+        "host", description="device: crops and flips on the accelerator, the same bytes; crops by area stay on the host"
+    )
 
     def decisive(self) -> dict[str, Any]:
         """The values that decide the result: all but those that say how it is reached."""

@@ -10,7 +10,9 @@ UserError
 ├── WeightsError      models/npz     a weights file that does not fit
 ├── CheckpointError   engine         a checkpoint of another training
 ├── BatchError        engine         a batch that cannot be cut into ranks and micro-batches
+├── BudgetError       engine         a training that failed too often or took too long
 ├── DivergedError     engine         the loss is no longer finite
+├── TrackingError     tracking.py    MLflow does not answer when its answer is needed
 ├── ParityError       export.py      ONNX Runtime and torch disagree
 ├── ManifestError    cluster       a file in k8s/ that the cluster would refuse or misunderstand
 ├── ClusterError     cluster       the cluster cannot be reached, refuses, or a job failed

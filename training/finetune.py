@@ -8,6 +8,8 @@ scratch by the same rule, so that the gain of transfer is a measured figure.
 
 import time
 from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,20 +17,24 @@ import torch
 from training import plots, receipt, tracking
 from training.config import Config, FinetuneConfig
 from training.data.shards import Dataset
-from training.engine import distributed, memory
+from training.engine import attempts, distributed, memory, store
+from training.engine import recipe as recipes
 from training.engine.fit import History, View, fit
-from training.engine.loop import Recipe
+from training.engine.profile import Profile
+from training.engine.recipe import Recipe
 from training.hyperrule import HyperRule
 from training.models import npz, zoo
+from training.models.resnet import ResNet
 
 STAGE = "finetune"
 TRANSFER, SCRATCH = "transfer", "scratch"
 
 
-def main(config: Config, tenant: str, fork: bool = False) -> None:
+def main(config: Config, tenant: str, fork: bool = False, profile: int = 0) -> None:
     """Fine-tunes the upstream network for one tenant and writes the stage's receipt.
 
-    fork: start from the weights of an interrupted training whose values differ, instead of refusing it.
+    fork: start from the weights of an interrupted training whose values differ, instead of refusing it; profile: steps whose
+    trace is written to trace.json.
     """
     packed, upstream = receipt.read("pack", tenant), receipt.read("pretrain")
     data = Dataset.open(packed.outputs["dataset"].uri)
@@ -46,32 +52,40 @@ def main(config: Config, tenant: str, fork: bool = False) -> None:
     histories: dict[str, History] = {}
     with (
         distributed.join(config.finetune.timeout_s) as world,
-        tracking.start(config.tracking_uri, STAGE, tenant, params, inputs, active=world.is_main) as run,
+        attempts.attempt(store.of(tenant), config.finetune, world, fork) as attempt,
+        tracking.start(
+            *(config.tracking_uri, STAGE, tenant, params, inputs),
+            active=world.is_main,
+            resume=attempt.record.run_id,
+            outbox=attempt.folder,
+        ) as run,
     ):
+        attempt.bind(run.run_id)
         for start in (TRANSFER, SCRATCH) if config.finetune.scratch else (TRANSFER,):
             torch.manual_seed(config.finetune.seed)
             model = zoo.create(arch, data.num_classes)
             if start == TRANSFER:
-                npz.load(model, receipt.local(weights), head=False)
+                adopt(model, receipt.local(weights), weights.sha256)
             fitted = memory.prepare(model, recipe, config.finetune, rule.crop, world)
             began = time.perf_counter()
             histories[start] = fit(
-                model,
-                fitted,
-                data,
-                view,
-                world,
+                *(model, fitted, data, view, world),
                 name=f"{tenant}-{start}",
                 decides=config.finetune.decisive() | asdict(rule) | inputs | {"arch": arch},
                 record=run.metrics if start == TRANSFER else run.metrics_of(SCRATCH),
                 fork=fork,
+                attempt=attempt,
+                folder=start,
+                profile=Profile(out / "trace.json", profile if world.is_main and start == TRANSFER else 0),
             )
             metrics[f"{start}_seconds"] = time.perf_counter() - began
             metrics[f"{start}_loss"] = histories[start]["loss"][-1][1]
+            metrics["memory_peak_gb"] = world.backend.peak_bytes() / 1e9
             if world.is_main:
                 npz.save(model, out / f"{start}.npz")
                 outputs[start] = receipt.artifact(out / f"{start}.npz")
         if world.is_main:
+            run.delivered()
             plots.learning_curves(histories, out / "learning_curves.png")
             run.artifact(out / "learning_curves.png", "plots")
             receipt.Receipt(
@@ -117,22 +131,25 @@ def deviations(stage: FinetuneConfig) -> dict[str, Any]:
 
 
 def recipe_for(stage: FinetuneConfig, rule: HyperRule, multi_label: bool) -> Recipe:
-    return Recipe(
+    return recipes.of(
+        stage,
         steps=rule.steps,
         global_batch=rule.batch_size,
-        micro_batch=None if stage.micro_batch == "auto" else stage.micro_batch,
         lr=rule.lr,
         weight_decay=rule.weight_decay,
         mixup_alpha=rule.mixup_alpha,
         multi_label=multi_label,
-        precision=stage.precision,
-        seed=stage.seed,
-        evaluate_every=stage.evaluate_every,
-        checkpoint_every=stage.checkpoint_every,
-        sharding=stage.sharding,
-        max_grad_norm=stage.max_grad_norm,
-        max_skipped_steps=stage.max_skipped_steps,
-        keep_checkpoints=stage.keep_checkpoints,
-        keep_every=stage.keep_every,
         momentum=rule.momentum,
     )
+
+
+def adopt(model: ResNet, weights: Path, sha256: str) -> None:
+    """The upstream weights, without their head; read once for all tenants that one process fine-tunes."""
+    body = _upstream(weights, sha256, model.units, model.width)
+    model.load_state_dict(body, strict=False)
+
+
+@lru_cache(maxsize=1)
+def _upstream(weights: Path, sha256: str, units: tuple[int, int, int, int], width: int) -> dict[str, torch.Tensor]:
+    model = npz.load(ResNet(units, width, 1), weights, head=False)
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}

@@ -13,19 +13,21 @@ import torch
 from training import plots, receipt, recipes, tracking
 from training.config import Config, PretrainConfig
 from training.data.shards import Dataset
-from training.engine import distributed, memory
+from training.engine import attempts, distributed, memory, recipe, store
 from training.engine.fit import View, fit
-from training.engine.loop import Recipe
+from training.engine.profile import Profile
+from training.engine.recipe import Recipe
 from training.models import exchange, npz, zoo
 from training.schedules import staircase
 
 STAGE = "pretrain"
 
 
-def main(config: Config, fork: bool = False) -> None:
+def main(config: Config, fork: bool = False, profile: int = 0) -> None:
     """Trains or adopts the upstream network, registers it and writes the stage's receipt.
 
-    fork: start from the weights of an interrupted training whose values differ, instead of refusing it.
+    fork: start from the weights of an interrupted training whose values differ, instead of refusing it; profile: steps whose
+    trace is written to trace.json.
     """
     out = receipt.folder(STAGE)
     out.mkdir(parents=True, exist_ok=True)
@@ -33,15 +35,15 @@ def main(config: Config, fork: bool = False) -> None:
     if config.upstream.weights:
         _adopt(config, weights)
     else:
-        _train(config, weights, fork)
+        _train(config, weights, fork, profile)
 
 
-def _train(config: Config, weights: Path, fork: bool) -> None:
+def _train(config: Config, weights: Path, fork: bool, profile: int) -> None:
     """The network trained on the packed upstream pictures."""
     packed = receipt.read("pack")
     data = Dataset.open(packed.outputs["dataset"].uri)
     stage = config.pretrain
-    recipe, view = planned(stage, len(data.split("train")), data.multi_label)
+    plan, view = planned(stage, len(data.split("train")), data.multi_label)
     torch.manual_seed(stage.seed)
     model = zoo.create(config.upstream.arch, data.num_classes)
     torch.nn.init.constant_(model.head.bias, starting_bias(stage, data.multi_label))
@@ -49,42 +51,50 @@ def _train(config: Config, weights: Path, fork: bool) -> None:
     params = config.model_dump(include={STAGE, "upstream"})
     with (
         distributed.join(stage.timeout_s) as world,
-        tracking.start(config.tracking_uri, STAGE, None, params, inputs, active=world.is_main) as run,
+        attempts.attempt(store.of("upstream"), stage, world, fork) as attempt,
+        tracking.start(
+            *(config.tracking_uri, STAGE, None, params, inputs),
+            active=world.is_main,
+            resume=attempt.record.run_id,
+            outbox=attempt.folder,
+        ) as run,
     ):
-        recipe = memory.prepare(model, recipe, stage, view.crop, world)
+        attempt.bind(run.run_id)
+        plan = memory.prepare(model, plan, stage, view.crop, world)
         decides = stage.decisive() | {"arch": config.upstream.arch, "data": data.fingerprint}
-        history = fit(model, recipe, data, view, world, name="upstream", decides=decides, record=run.metrics, fork=fork)
+        history = fit(
+            *(model, plan, data, view, world),
+            name="upstream",
+            decides=decides,
+            record=run.metrics,
+            fork=fork,
+            attempt=attempt,
+            profile=Profile(weights.with_name("trace.json"), profile if world.is_main else 0),
+        )
         if world.is_main:
             npz.save(model, weights)
+            run.delivered()
             plots.learning_curves({"upstream": history}, weights.with_name("learning_curves.png"))
             run.artifact(weights.with_name("learning_curves.png"), "plots")
             metrics = {name: values[-1][1] for name, values in history.items() if name.startswith(("test_", "loss"))}
+            metrics["memory_peak_gb"] = world.backend.peak_bytes() / 1e9
             _register(config, weights, run, inputs, metrics)
 
 
 def planned(stage: PretrainConfig, num_examples: int, multi_label: bool) -> tuple[Recipe, View]:
     """How `num_examples` pictures are trained on and seen: the recipe's values, and those that params.yaml states."""
     plan = stage.plan(num_examples)
-    recipe = Recipe(
+    made = recipe.of(
+        stage,
         steps=plan.steps,
         global_batch=plan.global_batch,
-        micro_batch=None if stage.micro_batch == "auto" else stage.micro_batch,
         lr=lambda step: staircase(step, plan.lr, plan.supports),
         weight_decay=stage.weight_decay,
         mixup_alpha=stage.mixup_alpha,
         multi_label=multi_label,
-        precision=stage.precision,
-        seed=stage.seed,
-        evaluate_every=stage.evaluate_every,
-        checkpoint_every=stage.checkpoint_every,
-        sharding=stage.sharding,
-        max_grad_norm=stage.max_grad_norm,
-        max_skipped_steps=stage.max_skipped_steps,
-        keep_checkpoints=stage.keep_checkpoints,
-        keep_every=stage.keep_every,
     )
     by_area = stage.recipe is not None and stage.crops
-    return recipe, View(max(stage.resize, stage.crop), stage.crop, stage.flips, stage.crops, by_area)
+    return made, View(max(stage.resize, stage.crop), stage.crop, stage.flips, stage.crops, by_area)
 
 
 def starting_bias(stage: PretrainConfig, multi_label: bool) -> float:

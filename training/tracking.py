@@ -1,9 +1,11 @@
 """MLflow, for all of training: runs, metrics, artifacts, registered versions, aliases. The one importer of mlflow."""
 
 import hashlib
+import logging
 import os
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,24 +21,47 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from training.config import ConfigError
+from training.errors import UserError
+from training.outbox import Outbox
 
 UPSTREAM_MODEL = "bit-upstream"
 EXPORT = "model.onnx"  # in the artifact folder that a version's source names
+PATIENCE_S = float(os.environ.get("BIT_MLFLOW_PATIENCE_S", 600))  # how long a finished training waits for MLflow
+LAST_WORD_S = 10.0
+log = logging.getLogger(__name__)
 CHAMPION, CHALLENGER = "champion", "challenger"
+
+
+class TrackingError(UserError):
+    """MLflow does not answer when its answer is needed."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One MLflow run of a stage. Without a client (ranks above 0) it records nothing."""
+    """One MLflow run of a stage. Without a client (ranks above 0) it records nothing.
+
+    outbox: where a training's figures wait; without one they are sent at once.
+    """
 
     client: MlflowClient | None
     run_id: str
     artifact_uri: str
+    outbox: Outbox | None = None
 
     def metrics(self, figures: Mapping[str, float], step: int = 0) -> None:
-        if self.client:
+        if self.outbox:
+            self.outbox.put(figures, step)
+        elif self.client:
             now = int(time.time() * 1000)
             self.client.log_batch(self.run_id, [Metric(name, value, now, step) for name, value in figures.items()])
+
+    def delivered(self, timeout_s: float = PATIENCE_S) -> None:
+        """Waits until MLflow has all figures, before results are laid down with it. Raises TrackingError."""
+        if self.outbox and not self.outbox.flush(timeout_s):
+            raise TrackingError(
+                f"MLflow did not answer for {timeout_s:g} s. The training has ended and its last checkpoint is kept: start the "
+                "same command again when MLflow is back, and it goes on from there."
+            )
 
     def metrics_of(self, series: str) -> Callable[[Mapping[str, float], int], None]:
         """`metrics`, with every name below `series/`: a second curve in the same run."""
@@ -53,7 +78,7 @@ class Run:
         """
         assert self.client is not None, "only rank 0 registers"
         ensure_model(self.client, model)
-        source = f"{self.artifact_uri}/{folder}"
+        source = f"{self.artifact_uri or self.client.get_run(self.run_id).info.artifact_uri}/{folder}"
         made = self.client.create_model_version(model, source, self.run_id, tags=dict(tags), await_creation_for=0)
         self.client.set_registered_model_alias(model, CHALLENGER, str(made.version))
         return str(made.version)
@@ -69,30 +94,80 @@ def start(
     active: bool = True,
     experiment: str | None = None,
     name: str | None = None,
+    *,
+    resume: str | None = None,
+    outbox: Path | None = None,
 ) -> Iterator[Run]:
     """A run of `stage` in the experiment of its tenant (or `bit-upstream`); ends FINISHED, FAILED or KILLED.
 
     active: false on ranks above 0, whose run records nothing; experiment, name: where the run is kept and how it is called
-    otherwise.
+    otherwise; resume: a run that is continued; outbox: folder where figures wait while MLflow is away. To begin a run MLflow
+    must answer; to continue one it need not.
     """
     if not active:
         yield Run(None, "", "")
         return
     client = connect(uri)
-    found = ensure_experiment(client, uri, experiment or tenant or UPSTREAM_MODEL)
     all_tags = {"stage": stage, "tenant": tenant or "", "git.commit": git_commit(), **cluster_tags(), **tags}
-    run = client.create_run(found, run_name=name or (f"{stage}-{tenant}" if tenant else stage), tags=all_tags)
-    values = [Param(name, str(value)) for name, value in flatten(params).items()]
-    client.log_batch(run.info.run_id, params=values)
+    known = _continued(client, resume, all_tags) if resume else None
+    if known is None:
+        found = ensure_experiment(client, uri, experiment or tenant or UPSTREAM_MODEL)
+        title = name or (f"{stage}-{tenant}" if tenant else stage)
+        info = client.create_run(found, run_name=title, tags=all_tags).info
+        known = info.run_id, info.artifact_uri or "", {}
+        values = [Param(key, str(value)) for key, value in flatten(params).items()]
+        client.log_batch(info.run_id, params=values)
+    run_id, artifact_uri, reached = known
+    box = None
+    if outbox:  # a file of the run's own: what is left of another run is none of its business
+        path = outbox / f"figures-{run_id}.jsonl"
+        box = Outbox(path, lambda batch: client.log_batch(run_id, [Metric(*figure) for figure in batch]))
+        box.reached = reached | box.reached
     try:
-        yield Run(client, run.info.run_id, run.info.artifact_uri or "")
+        yield Run(client, run_id, artifact_uri, box)
     except (KeyboardInterrupt, SystemExit):
-        client.set_terminated(run.info.run_id, "KILLED")
+        _end(client, run_id, "KILLED")
         raise
     except BaseException:
-        client.set_terminated(run.info.run_id, "FAILED")
+        _end(client, run_id, "FAILED")
         raise
-    client.set_terminated(run.info.run_id, "FINISHED")
+    finally:
+        if box:
+            box.close()
+    client.set_terminated(run_id, "FINISHED")
+
+
+def _continued(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> tuple[str, str, dict[str, int]] | None:
+    """The run with its artifacts' place and the last step of each of its figures; None where MLflow has it no more."""
+    try:
+        run = client.get_run(run_id)
+        if run.info.lifecycle_stage != "active":
+            return None
+        client.update_run(run_id, "RUNNING")
+        set_tags(client, run_id, tags)
+        reached = {
+            name: max(point.step for point in client.get_metric_history(run_id, name)) for name in run.data.metrics
+        }
+        return run_id, run.info.artifact_uri or "", reached
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        log.warning("MLflow does not answer (%s); training goes on, its figures wait on disk", error)
+        return run_id, "", {}
+
+
+def _end(client: MlflowClient, run_id: str, status: str) -> None:
+    """Says how a run ended, without keeping a process from ending when MLflow is away."""
+
+    def tell() -> None:
+        try:
+            client.set_terminated(run_id, status)
+        except Exception as error:
+            log.warning("MLflow was not told that run %s is %s: %s", run_id, status, error)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    thread.join(LAST_WORD_S)
 
 
 def connect(uri: str) -> MlflowClient:

@@ -12,7 +12,7 @@ from training.data.shards import Dataset
 from training.engine import inference
 from training.engine.distributed import World
 from training.engine.fit import View, fit
-from training.engine.loop import Recipe
+from training.engine.recipe import Recipe
 from training.models import zoo
 from training.pack import pack
 

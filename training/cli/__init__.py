@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from training.cli import demo, jobs, models, project, stages, study, weights
+from training.cli import demo, jobs, models, project, runs, stages, study, weights
 from training.cluster import pod
 from training.errors import UserError
 
@@ -20,6 +20,7 @@ COMMANDS = (
     stages.export,
     stages.register,
     stages.fleet,
+    runs.runs,
     models.promote,
     models.predict,
     weights.zoo,

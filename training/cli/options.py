@@ -14,3 +14,7 @@ Fork = Annotated[
     bool,
     typer.Option("--fork", help="Start from the weights of an interrupted training whose values differ."),
 ]
+ProfileSteps = Annotated[
+    int, typer.Option("--profile", metavar="N", min=0, help="Write a torch profiler trace of N steps to trace.json.")
+]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Progress as JSON lines, as BIT_LOG_JSON=1 does.")]

@@ -1,14 +1,17 @@
 """The stages of the pipeline as commands, in the order of the data's way."""
 
+import os
+import sys
 from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
-from training.cli.options import Fork, MaybeTenant, Set, Tenant
+from training.cli.options import Fork, LogJson, MaybeTenant, ProfileSteps, Set, Tenant
 from training.cluster import pod
-from training.config import Config
-from training.params import load
+from training.config import Config, ConfigError
+from training.errors import UserError
+from training.params import load, tenants
 
 
 def stage(name: str, config: Config, tenant: str | None = None, **options: Any) -> None:
@@ -45,14 +48,37 @@ def pack(
     stage("pack", load(tenant=tenant, overrides=stated), tenant)
 
 
-def pretrain(overrides: Set = None, fork: Fork = False) -> None:
+def pretrain(overrides: Set = None, fork: Fork = False, profile: ProfileSteps = 0, log_json: LogJson = False) -> None:
     """Shards → the upstream network, registered as bit-upstream. Adopts published weights where upstream.weights is set."""
-    stage("pretrain", load(overrides=overrides or ()), fork=fork)
+    _speak_json(log_json)
+    stage("pretrain", load(overrides=overrides or ()), fork=fork, profile=profile)
 
 
-def finetune(tenant: Tenant, overrides: Set = None, fork: Fork = False) -> None:
+def finetune(
+    tenant: MaybeTenant = None,
+    all_tenants: Annotated[bool, typer.Option("--all", help="Every tenant, one after another in one process.")] = False,
+    overrides: Set = None,
+    fork: Fork = False,
+    profile: ProfileSteps = 0,
+    log_json: LogJson = False,
+) -> None:
     """Upstream network + a tenant's shards → the tenant's network, by the HyperRule."""
-    stage("finetune", load(tenant=tenant, overrides=overrides or ()), tenant, fork=fork)
+    if (tenant is None) != all_tenants:
+        raise ConfigError(f"name one tenant or give --all. Choices: {', '.join(tenants()) or 'none yet'}.")
+    _speak_json(log_json)
+    failed: dict[str, UserError] = {}
+    for name in tenants() if all_tenants else [str(tenant)]:
+        try:
+            stage("finetune", load(tenant=name, overrides=overrides or ()), name, fork=fork, profile=profile)
+        except UserError as error:
+            if not all_tenants:
+                raise
+            failed[name] = error
+            print(f"bit: {name}: {error}", file=sys.stderr)
+    if failed:
+        raise ConfigError(
+            f"{len(failed)} of {len(tenants())} tenants failed: {', '.join(failed)}; the others are done."
+        )
 
 
 def evaluate(tenant: Tenant, overrides: Set = None) -> None:
@@ -73,3 +99,8 @@ def register(tenant: Tenant, overrides: Set = None) -> None:
 def fleet(overrides: Set = None) -> None:
     """Every tenant's registered version in one table and one plot."""
     stage("fleet", load(overrides=overrides or ()))
+
+
+def _speak_json(wanted: bool) -> None:
+    if wanted:
+        os.environ["BIT_LOG_JSON"] = "1"

@@ -31,18 +31,24 @@ PREFETCH = 4  # batches made ahead of the step that needs them
 
 @dataclass(frozen=True)
 class Batch:
-    """images uint8 [n, crop, crop, 3]; targets int64 [n] or float32 [n, C]; indices int64 [n] into the split."""
+    """images uint8 [n, crop, crop, 3]; targets int64 [n] or float32 [n, C]; indices int64 [n] into the split.
+
+    drawn: where the device is to crop and flip; then images are [n, resize, resize, 3].
+    """
 
     images: NDArray[np.uint8]
     targets: NDArray[Any]
     indices: NDArray[np.int64]
+    crop: int
+    drawn: augment.Draw | None = None
 
 
 class Stream:
     """An endless, deterministic stream over a split.
 
     resize, crop: pictures are squashed to resize × resize, then cropped at random to crop × crop; with `crops` false they are
-    squashed to crop × crop at once. by_area: crops by area instead (data/area.py), out of the picture as it is.
+    squashed to crop × crop at once. by_area: crops by area instead (data/area.py), out of the picture as it is. on_device: crops
+    and flips are drawn here but done by the training step.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class Stream:
         flips: bool,
         crops: bool,
         by_area: bool = False,
+        on_device: bool = False,
         rank: int = 0,
         world_size: int = 1,
         cache_bytes: int = CACHE_BYTES,
@@ -68,7 +75,7 @@ class Stream:
         self.resize, self.crop, self.flips = (resize if crops else crop), crop, flips
         self.rank, self.world_size = rank, world_size
         self.targets = split.targets()
-        self.by_area = by_area
+        self.by_area, self.on_device = by_area, on_device
         self.cached = not by_area and len(split) * self.resize**2 * 3 <= cache_bytes
         self._pool = ThreadPoolExecutor(THREADS)
         self._pictures: NDArray[np.uint8] | None = None
@@ -86,10 +93,12 @@ class Stream:
             boxes = area.draw(np.random.default_rng((self.seed, step, 0xA4EA)), self.global_batch)
             images = self._cropped(indices, boxes, start)
             images[drawn.flip] = images[drawn.flip, :, ::-1]
-            return Batch(images, self.targets[indices], indices)
+            return Batch(images, self.targets[indices], indices, self.crop)
         pictures, rows = self._decoded(indices)
+        if self.on_device:
+            return Batch(pictures[rows], self.targets[indices], indices, self.crop, drawn)
         images = augment.crop_and_flip(pictures, rows, self.crop, drawn)
-        return Batch(images, self.targets[indices], indices)
+        return Batch(images, self.targets[indices], indices, self.crop)
 
     def indices(self, step: int) -> NDArray[np.int64]:
         """The examples of the global batch at `step`, int64 [global_batch]: each once per epoch, epochs back to back."""

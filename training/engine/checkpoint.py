@@ -36,7 +36,7 @@ class Checkpoints:
 
     decides: name → value of all that decides the mathematics (config, data, upstream weights); keep: how many of the newest
     are kept; keep_every: those of every so many steps are kept too (0: none); fork: where the values differ, start a new
-    training from the weights instead of refusing.
+    training from the weights instead of refusing; history: figure → (step, value), kept with each checkpoint and filled again.
     """
 
     store: Store
@@ -44,6 +44,8 @@ class Checkpoints:
     keep: int = 2
     keep_every: int = 0
     fork: bool = False
+    history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    written: str | None = field(default=None, init=False)  # name of the last one that was
     _writer: threading.Thread | None = field(default=None, init=False, repr=False)
 
     def save(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
@@ -53,7 +55,9 @@ class Checkpoints:
             return
         state = _copy({"model": model_state, "optimizer": optimizer_state})
         self.wait()  # a store slower than the interval holds training up rather than fill the memory
-        self._writer = threading.Thread(target=self._write, args=(step, state), name=f"checkpoint-{step}")
+        self._writer = threading.Thread(
+            target=self._write, args=(step, state, json.dumps(self.history)), name=f"checkpoint-{step}"
+        )
         self._writer.start()
 
     def wait(self) -> None:
@@ -76,6 +80,10 @@ class Checkpoints:
         if meta["decides"] != dict(self.decides):  # a fork
             model.load_state_dict(state["model"])
             return 0
+        self.history.update(
+            {figure: [(int(s), v) for s, v in points] for figure, points in meta.get("history", {}).items()}
+        )
+        self.written = name_of(int(meta["step"]))
         set_state_dict(
             model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FULL
         )
@@ -125,15 +133,17 @@ class Checkpoints:
     def url(self) -> str:
         return self.store.url
 
-    def _write(self, step: int, state: dict[str, Any]) -> None:
-        name, buffer = f"step-{step:08d}", io.BytesIO()
-        torch.save(state, buffer)
-        data = buffer.getvalue()
-        meta = {"step": step, "sha256": hashlib.sha256(data).hexdigest(), "decides": dict(self.decides)}
+    def _write(self, step: int, state: dict[str, Any], history: str) -> None:
+        name, buffer = name_of(step), io.BytesIO()
         try:
+            torch.save(state, buffer)
+            data = buffer.getbuffer()
+            meta = {"step": step, "sha256": hashlib.sha256(data).hexdigest(), "decides": dict(self.decides)}
+            meta["history"] = json.loads(history)
             self.store.remove(f"{name}/{META}")  # an older attempt at the same step is complete no longer
             self.store.write(f"{name}/{STATE}", data)
             self.store.write(f"{name}/{META}", json.dumps(meta).encode())
+            self.written = name
             self._tidy()
         except Exception as error:
             kept = self._last_name()
@@ -153,6 +163,10 @@ class Checkpoints:
         for name in complete[: -self.keep]:
             if not self.keep_every or int(name.removeprefix("step-")) % self.keep_every:
                 self.store.remove(name)
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _copy(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,18 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from training.config import Sharding
+from training.engine import backends
 
+SILENCE_S = 5.0  # how long a rank waits for the others to say why they fail
 TIMEOUT_S = 600  # a collective that waits longer has lost a rank: better an error than a hang
 
 
 # How gloo and NCCL word that a peer is gone or silent: they raise plain RuntimeErrors.
 LOST = ("gloo", "nccl", "timed out", "timeout", "connection closed", "connection reset", "peer")
+
+
+class LostError(RuntimeError):
+    """A collective failed."""
 
 
 class RankError(RuntimeError):
@@ -36,6 +43,10 @@ class World:
     rank: int
     size: int
     device: torch.device
+
+    @property
+    def backend(self) -> backends.Backend:
+        return backends.of(self.device)
 
     @property
     def is_main(self) -> bool:
@@ -77,14 +88,22 @@ class World:
 
     @contextmanager
     def at(self, step: int) -> Iterator[None]:
-        """Names rank, step and cause when another rank is lost inside: RankError."""
+        """Names rank, step and cause where a rank fails inside: RankError on the others, its own error on the rank itself."""
         try:
             yield
-        except RuntimeError as error:
-            lost = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in LOST)
-            if self.size == 1 or not lost:
+        except Exception as error:
+            if self.size == 1:
                 raise
-            raise RankError(f"rank {self.rank} of {self.size} lost another rank in step {step + 1}: {error}") from error
+            lost = isinstance(error, dist.DistError | LostError) or (
+                isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
+            )
+            if not lost:
+                _tell(self.rank, f"{type(error).__name__} in step {step + 1}: {error}")
+                raise
+            said = _causes(self.rank, self.size)
+            raise RankError(
+                f"rank {self.rank} of {self.size} lost another rank in step {step + 1}: {said} ({error})"
+            ) from error
 
     def share(self, value: Any) -> Any:
         """Rank 0's value (anything that can be pickled), on every rank."""
@@ -96,15 +115,25 @@ class World:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor summed over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+        return self._reduced(tensor, dist.ReduceOp.SUM)
+
+    def max(self, number: int) -> int:
+        """The largest of all ranks' numbers: all ranks get the same answer."""
+        if self.size == 1:
+            return number
+        return int(self._reduced(torch.tensor(number, device=self.device), dist.ReduceOp.MAX))
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank: all ranks get the same answer."""
-        if self.size == 1:
-            return flag
-        return bool(self.sum(torch.tensor(int(flag), device=self.device)))
+        """Whether `flag` is set on any rank."""
+        return bool(self.max(int(flag)))
+
+    def _reduced(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
+        if self.size > 1:
+            try:
+                dist.all_reduce(tensor, operation)
+            except RuntimeError as error:  # nothing but the other ranks can be wrong here
+                raise LostError(str(error)) from error
+        return tensor
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -118,15 +147,39 @@ def join(timeout_s: int = TIMEOUT_S) -> Iterator[World]:
     timeout_s: how long a rank waits for the others before it gives up with an error.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    backend = backends.here()
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+        address = "xla://" if backend.group == "xla" else None
+        dist.init_process_group(backend.group, init_method=address, timeout=timedelta(seconds=timeout_s))
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, backend.device)
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def _tell(rank: int, cause: str) -> None:
+    """Leaves why this rank fails where the others look for it."""
+    with contextlib.suppress(Exception):  # the rank's own error is what counts
+        dist.distributed_c10d._get_default_store().set(f"failed/{rank}", cause[:2_000])
+
+
+def _causes(rank: int, size: int) -> str:
+    """What the other ranks told, and which of them are silent, after a moment's wait."""
+    words: dict[int, str] = {}
+    others = [other for other in range(size) if other != rank]
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"lost/{rank}", "1")
+        end = time.monotonic() + SILENCE_S
+        while len(words) < len(others) and time.monotonic() < end:
+            for other in others:
+                if other not in words and store.check([f"failed/{other}"]):
+                    words[other] = f"rank {other} failed with {store.get(f'failed/{other}').decode()}"
+                elif other not in words and store.check([f"lost/{other}"]):
+                    words[other] = ""
+            time.sleep(0.05)
+    except Exception:  # the store went with the rank that held it
+        return "it took the ranks' common store along"
+    silent = [f"rank {other} is silent (killed, or its machine is gone)" for other in others if other not in words]
+    return "; ".join([*filter(None, words.values()), *silent]) or "no rank says why"

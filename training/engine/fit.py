@@ -8,11 +8,15 @@ from typing import Any
 from training.data.batches import Stream
 from training.data.shards import Dataset
 from training.engine import inference, store
+from training.engine.attempts import Attempt
 from training.engine.checkpoint import Checkpoints
 from training.engine.distributed import World
-from training.engine.loop import Log, Recipe, train
+from training.engine.loop import Log, train
+from training.engine.profile import Profile
+from training.engine.recipe import Recipe
 from training.models.resnet import ResNet
 
+EVALUATED = 2  # times a micro-batch: nothing is kept for backward
 History = dict[str, list[tuple[int, float]]]  # figure → (optimizer steps done, value)
 
 
@@ -38,19 +42,24 @@ def fit(
     decides: Mapping[str, Any],
     record: Log,
     fork: bool = False,
+    attempt: Attempt | None = None,
+    folder: str = "",
+    profile: Profile | None = None,
 ) -> History:
     """Trains `model` in place on the split `train`, evaluating on `test`; returns every recorded figure.
 
-    name: of this training, for progress and for the folder of its checkpoints; decides: name → value of all that decides
-    the result; record: where figures go as they come. An interrupted training of the same name is continued; where one of
-    the values differs that is refused (CheckpointError), or with `fork` a new one starts from its weights.
+    name: of this training, for progress; decides: name → value of all that decides the result; record: where figures go as
+    they come. An interrupted training is continued; where one of the values differs that is refused (CheckpointError), or with
+    `fork` a new one starts from its weights. Checkpoints lie with the attempt, in `folder` of it, until the attempt has ended
+    well; without one they lie under `name` and are removed at once.
     """
     test = data.split("test")
     targets = test.targets()
     history: History = defaultdict(list)
 
     def evaluate() -> dict[str, float]:
-        answers = inference.predict(model, test, view.crop, recipe.micro_batch or recipe.global_batch, data.multi_label)
+        size = recipe.global_batch // world.size // recipe.num_micro(world.size)
+        answers = inference.predict(model, test, view.crop, size * EVALUATED, data.multi_label, world)
         return inference.score(answers, targets)
 
     def log(figures: dict[str, float], step: int) -> None:
@@ -67,18 +76,31 @@ def fit(
         flips=view.flips,
         crops=view.crops,
         by_area=view.area,
+        on_device=recipe.on_device,
         rank=world.rank,
         world_size=world.size,
     )
     checkpoints = Checkpoints(
-        store.of(name),
+        (attempt.store.child(folder) if folder else attempt.store) if attempt else store.of(name),
         {key: str(value) for key, value in decides.items()},
         keep=recipe.keep_checkpoints,
         keep_every=recipe.keep_every,
         fork=fork,
+        history=history,
     )
-    train(model, recipe, stream, world, checkpoints=checkpoints, log=log, evaluate=evaluate, title=name)
+    train(
+        model,
+        recipe,
+        stream,
+        world,
+        checkpoints=checkpoints,
+        log=log,
+        evaluate=evaluate,
+        title=name,
+        attempt=attempt,
+        profile=profile,
+    )
     world.barrier()
-    if world.is_main:
+    if world.is_main and not attempt:
         checkpoints.clear()
     return history

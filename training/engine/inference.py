@@ -8,19 +8,27 @@ from numpy.typing import NDArray
 
 from training.data.batches import eval_batches
 from training.data.shards import Split
+from training.engine.distributed import World
 from training.models.resnet import ResNet, normalize
 
 
 @torch.inference_mode()
-def predict(model: ResNet, split: Split, size: int, batch_size: int, multi_label: bool) -> NDArray[np.float32]:
-    """Probabilities [n, C] in the split's order; pictures are squashed to size × size."""
+def predict(
+    model: ResNet, split: Split, size: int, batch_size: int, multi_label: bool, world: World | None = None
+) -> NDArray[np.float32]:
+    """Probabilities [n, C] in the split's order; pictures are squashed to size × size.
+
+    world: its ranks share the work, each takes every so manieth picture, and all get all answers.
+    """
     device = next(model.parameters()).device
     model.eval()
-    rows = []
-    for images, _, _ in eval_batches(split, size, batch_size):
+    rank, ranks = (world.rank, world.size) if world else (0, 1)
+    found = torch.zeros(len(split), model.num_classes, device=device)
+    for images, _, indices in eval_batches(split, size, batch_size, rank, ranks):
         logits = model(normalize(torch.from_numpy(images).to(device)))
-        rows.append(torch.sigmoid(logits) if multi_label else torch.softmax(logits, 1))
-    return torch.cat(rows).cpu().numpy()
+        rows = torch.from_numpy(indices).to(device)
+        found[rows] = torch.sigmoid(logits) if multi_label else torch.softmax(logits, 1)
+    return (world.sum(found) if world else found).cpu().numpy()
 
 
 def score(probabilities: NDArray[np.float32], targets: NDArray[Any]) -> dict[str, float]:

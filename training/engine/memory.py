@@ -4,13 +4,12 @@ None of it changes what is computed, beyond rounding: the global batch stays wha
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from training.config import Optimisation
 from training.engine.distributed import World
-from training.engine.loop import BatchError, Recipe
+from training.engine.recipe import BatchError, Recipe
 from training.models import fused
 from training.models.resnet import ResNet
 
@@ -40,7 +39,7 @@ def find(model: ResNet, recipe: Recipe, crop: int, world: World, free: float | N
     if not sizes:
         raise BatchError(f"a rank's share of {share} examples cannot be halved for mixup; choose an even global_batch.")
     bf16 = recipe.precision == "bf16"
-    free = free_bytes(world.device) if free is None else free
+    free = world.backend.free_bytes() if free is None else free
     room = SHARE * free / picture_bytes(model, crop, bf16)
     for size in sizes[:-1]:
         too_large = size > room or (world.device.type == "cuda" and not _fits(model, size, crop, bf16))
@@ -66,18 +65,6 @@ def picture_bytes(model: ResNet, crop: int, bf16: bool) -> float:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         _forward(model, count, crop, bf16, device)
     return max(1.0, sum(kept.values()) / count)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had: of the card, or of the machine and the container that this runs in."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return max(0, free)
 
 
 def _forward(model: ResNet, count: int, crop: int, bf16: bool, device: torch.device) -> torch.Tensor:

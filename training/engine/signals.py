@@ -1,6 +1,11 @@
-"""SIGTERM, the cluster's word that a pod must go: noted here, obeyed by the loop between two steps."""
+"""SIGTERM, the cluster's word that a pod must go: noted here, obeyed by the loop between two steps.
+
+The grace that it takes is one step, an evaluation where one is due, and the writing of one checkpoint; the message says how long
+it was.
+"""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -9,24 +14,34 @@ EXIT_PREEMPTED = 143  # 128 + SIGTERM, what schedulers expect of a process that 
 
 
 class Preempted(SystemExit):
-    """Training stopped on request after a checkpoint; the process ends with 143."""
+    """Training stopped on request; the process ends with 143. `written` is the newest checkpoint, `whole`: it is of this step."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, seconds: float, written: str | None, whole: bool) -> None:
         super().__init__(EXIT_PREEMPTED)
-        self.step = step
+        self.step, self.seconds, self.written, self.whole = step, seconds, written, whole
 
     def __str__(self) -> str:
-        return f"stopped by SIGTERM after step {self.step}; a checkpoint was written, start again to go on from there"
+        said = f"stopped by SIGTERM after step {self.step}, {self.seconds:.1f} s after it came; "
+        if self.whole:
+            return f"{said}{self.written} was written, start again to go on from there"
+        if self.written:
+            return f"{said}its checkpoint could not be written, the last good one is {self.written}"
+        return f"{said}no checkpoint could be written: the next start begins anew"
 
 
 class StopFlag:
-    """Whether the process was asked to stop."""
+    """Whether, and when, the process was asked to stop."""
 
     def __init__(self) -> None:
-        self.is_set = False
+        self.is_set, self._at = False, 0.0
 
     def set(self, signum: int, frame: FrameType | None) -> None:
-        self.is_set = True
+        if not self.is_set:
+            self.is_set, self._at = True, time.monotonic()
+
+    def seconds(self) -> float:
+        """Since it was asked; 0 where it was another rank that was."""
+        return time.monotonic() - self._at if self.is_set else 0.0
 
 
 @contextmanager

@@ -16,11 +16,15 @@ class Store:
         self.url, self.is_local = url, urlsplit(url).scheme in ("", "file")
         self.fs, self.root = url_to_fs(url)
 
-    def write(self, name: str, data: bytes) -> None:
+    def child(self, name: str) -> "Store":
+        """The store of a folder below this one."""
+        return Store(f"{self.url}/{name}")
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
         """Locally under a temporary name, synced and renamed; object stores put whole objects by themselves."""
         path = f"{self.root}/{name}"
         if not self.is_local:
-            self.fs.pipe_file(path, data)
+            self.fs.pipe_file(path, bytes(data))
             return
         final = Path(path)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +55,12 @@ class Store:
             return []
         return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory")
 
+    def files(self, name: str) -> list[str]:
+        """All files called `name` at any depth, as paths below the store; empty where nothing was written yet."""
+        self.fs.invalidate_cache()
+        found = self.fs.find(self.root) if self.fs.exists(self.root) else []
+        return sorted(path.removeprefix(f"{self.root}/") for path in found if path.endswith(f"/{name}"))
+
     def has(self, name: str) -> bool:
         return bool(self.fs.exists(f"{self.root}/{name}"))
 
@@ -61,9 +71,14 @@ class Store:
             self.fs.rm(path, recursive=True)
 
 
+def everything() -> Store:
+    """The store of all trainings: BIT_CHECKPOINTS (a folder or an fsspec URL) or `.checkpoints`."""
+    return Store(os.environ.get(ENV, DEFAULT).rstrip("/"))
+
+
 def of(name: str) -> Store:
-    """The store of the training `name`, below BIT_CHECKPOINTS (a folder or an fsspec URL) or `.checkpoints`."""
-    return Store(f"{os.environ.get(ENV, DEFAULT).rstrip('/')}/{name}")
+    """The store of the training `name`."""
+    return everything().child(name)
 
 
 def _sync(path: Path) -> None:

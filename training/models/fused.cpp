@@ -1,4 +1,5 @@
-// GroupNorm and ReLU in one pass over channels_last memory, forward and backward. Plain C interface, called by fused.py.
+// GroupNorm and ReLU in one pass over channels_last memory, and the standardisation of filters straight into the precision of the
+// convolution; forward and backward. Plain C interface, called by fused.py.
 //
 // Statistics are fp32 sums of 64 rows, added up in double; nothing but them is kept for backward, which recomputes the mask.
 // A picture is worked on by one thread, so the result does not depend on how many there are.
@@ -127,6 +128,51 @@ void backward(const T *dy, const T *x, const float *gamma, const float *beta, co
   }
 }
 
+// The sum of f(i) over a row: fp32 within 256 values, double across them.
+template <typename F>
+double sum_of(int64_t count, F f) {
+  double total = 0;
+  for (int64_t start = 0; start < count; start += 256) {
+    const int64_t end = start + 256 < count ? start + 256 : count;
+    float part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = start; i < end; i++) part += f(i);
+    total += part;
+  }
+  return total;
+}
+
+// Filters are rows [filters, size] of fp32 weights; each is standardised to mean 0, variance 1.
+template <typename T>
+void standardize(const float *w, T *out, float *mean, float *rstd, int64_t filters, int64_t size, double eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t n = 0; n < filters; n++) {
+    const float *in = w + n * size;
+    T *to = out + n * size;
+    const float m = sum_of(size, [&](int64_t i) { return in[i]; }) / size;
+    const double squares = sum_of(size, [&](int64_t i) { return (in[i] - m) * (in[i] - m); });
+    const float r = 1.0 / __builtin_sqrt(squares / size + eps);
+    mean[n] = m, rstd[n] = r;
+#pragma omp simd
+    for (int64_t i = 0; i < size; i++) store(to + i, (in[i] - m) * r);
+  }
+}
+
+template <typename T>
+void standardize_backward(const T *up, const float *w, const float *mean, const float *rstd, float *dw, int64_t filters,
+                          int64_t size, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t n = 0; n < filters; n++) {
+    const float *in = w + n * size, m = mean[n], r = rstd[n];
+    const T *gradient = up + n * size;
+    float *to = dw + n * size;
+    const float average = sum_of(size, [&](int64_t i) { return load(gradient[i]); }) / size;
+    const float along = sum_of(size, [&](int64_t i) { return load(gradient[i]) * ((in[i] - m) * r); }) / size;
+#pragma omp simd
+    for (int64_t i = 0; i < size; i++) to[i] = r * (load(gradient[i]) - average - (in[i] - m) * r * along);
+  }
+}
+
 }  // namespace
 
 #define FUSED(NAME, T)                                                                                                    \
@@ -138,6 +184,14 @@ void backward(const T *dy, const T *x, const float *gamma, const float *beta, co
                                   const float *rstd, void *dx, float *dgamma, float *dbeta, int64_t n, int64_t p,         \
                                   int64_t c, int64_t g, int threads) {                                                    \
     backward((const T *)dy, (const T *)x, gamma, beta, mean, rstd, (T *)dx, dgamma, dbeta, n, p, c, g, threads);          \
+  }                                                                                                                       \
+  extern "C" void standardize_##NAME(void *out, const float *w, float *mean, float *rstd, int64_t n, int64_t size,        \
+                                     double eps, int threads) {                                                           \
+    standardize(w, (T *)out, mean, rstd, n, size, eps, threads);                                                          \
+  }                                                                                                                       \
+  extern "C" void standardize_backward_##NAME(const void *up, const float *w, const float *mean, const float *rstd,       \
+                                              float *dw, int64_t n, int64_t size, int threads) {                          \
+    standardize_backward((const T *)up, w, mean, rstd, dw, n, size, threads);                                             \
   }
 FUSED(float32, float)
 FUSED(bfloat16, bf16)

@@ -1,4 +1,5 @@
-"""GroupNorm and ReLU as one operation: on a CPU the C++ of fused.cpp, built at first use; on a GPU what torch.compile makes.
+"""GroupNorm and ReLU as one operation, filters standardised straight into the convolution's precision: on a CPU by the C++ of
+fused.cpp, built at first use; on a GPU by what torch.compile makes of the eager forms.
 
 Where neither can be had (no g++, another device) the eager form stays. Only the input and two figures per group are kept for
 backward. Switched on by `fused: true`: results differ from the eager form by rounding, so it is a stated choice.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from training.models.resnet import GroupNormReLU, group_norm_relu
+from training.models.resnet import EPS, GroupNormReLU, StdConv2d, group_norm_relu, standardize
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-std=c++17", "-fPIC", "-shared")
@@ -81,6 +82,37 @@ class _GroupNormReLU(torch.autograd.Function):
         return dx, dgamma.sum(0), dbeta.sum(0), None, None
 
 
+class _Standardize(torch.autograd.Function):
+    """fp32 weights [O, I, kh, kw] in channels_last → the same, standardised, as `dtype`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        out = torch.empty_like(weight, dtype=dtype)
+        mean, rstd = torch.empty(len(weight)), torch.empty(len(weight))
+        sizes = [ctypes.c_int64(len(weight)), ctypes.c_int64(weight[0].numel())]
+        _call("standardize", out, weight, mean, rstd, *sizes, ctypes.c_double(EPS))
+        ctx.save_for_backward(weight, mean, rstd)
+        ctx.sizes = sizes
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, up: Tensor) -> tuple[Tensor | None, ...]:
+        weight, mean, rstd = ctx.saved_tensors
+        up = up.contiguous(memory_format=torch.channels_last)
+        gradient = torch.empty_like(weight)
+        _call("standardize_backward", up, weight, mean, rstd, gradient, *ctx.sizes)
+        return gradient, None
+
+
+def standardize_on_cpu(weight: Tensor) -> Tensor:
+    """`standardize` by the C++ library, which must be there; under autocast in its precision."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+    if dtype not in NAMES or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return standardize(weight)
+    return _Standardize.apply(weight.contiguous(memory_format=torch.channels_last), dtype)
+
+
 def _sizes(x: Tensor, groups: int) -> list[ctypes.c_int64]:
     return [ctypes.c_int64(size) for size in (len(x), x.shape[2] * x.shape[3], x.shape[1], groups)]
 
@@ -99,18 +131,20 @@ def on_cpu(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float) -> T
     return _GroupNormReLU.apply(x, gamma.contiguous(), beta.contiguous(), groups, eps)
 
 
-def kernel(device: torch.device) -> Callable[..., Tensor]:
-    """The fastest form of `group_norm_relu` for a device."""
+def kernels(device: torch.device) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
+    """The fastest forms of `group_norm_relu` and `standardize` for a device."""
     if device.type == "cpu" and library() is not None:
-        return on_cpu
+        return on_cpu, standardize_on_cpu
     if device.type == "cuda":
-        return torch.compile(group_norm_relu, dynamic=False)
-    return group_norm_relu
+        return torch.compile(group_norm_relu, dynamic=False), torch.compile(standardize, dynamic=False)
+    return group_norm_relu, standardize
 
 
 def fuse(model: torch.nn.Module, device: torch.device) -> None:
-    """Lets every GroupNorm-ReLU of a network run by the fused form for `device`."""
-    chosen = kernel(device)
+    """Lets every GroupNorm-ReLU and every standardisation of a network run by the fused forms for `device`."""
+    norm, filters = kernels(device)
     for module in model.modules():
         if isinstance(module, GroupNormReLU):
-            module.kernel = chosen
+            module.kernel = norm
+        elif isinstance(module, StdConv2d):
+            module.kernel = filters

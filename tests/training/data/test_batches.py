@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.data import augment
 from training.data.batches import Stream, eval_batches
 from training.data.shards import Dataset
+from training.engine.loss import crop_and_flip
 
 VIEW = {"seed": 3, "global_batch": 16, "resize": 20, "crop": 16, "flips": True, "crops": True}
 
@@ -32,6 +34,16 @@ def test_ranks_and_micro_batches_see_the_same_stream(
         expected = whole.batch(step)
         np.testing.assert_array_equal(np.concatenate([part.images for part in parts]), expected.images)
         np.testing.assert_array_equal(np.concatenate([part.indices for part in parts]), expected.indices)
+
+
+def test_the_device_crops_and_flips_to_the_same_bytes(dataset: Dataset) -> None:
+    for step in (0, 5):
+        host, device = stream(dataset).batch(step, 1, 2), stream(dataset, on_device=True).batch(step, 1, 2)
+        assert device.drawn is not None
+        assert device.drawn.flip.any()
+        made = crop_and_flip(torch.from_numpy(device.images), device.drawn, device.crop)
+        np.testing.assert_array_equal(made.numpy(), host.images)
+        np.testing.assert_array_equal(device.targets, host.targets)
 
 
 def test_a_resumed_stream_continues_where_it_stopped(dataset: Dataset) -> None:

@@ -5,16 +5,17 @@
 Writes the weights to WEIGHTS; prints one line per recorded step.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-from training.config import Sharding
+from training.config import PretrainConfig, Sharding
 from training.data.shards import Dataset
-from training.engine import distributed
+from training.engine import attempts, distributed, store
 from training.engine.fit import View, fit
-from training.engine.loop import Recipe
+from training.engine.recipe import Recipe
 from training.models import npz, zoo
 
 
@@ -40,7 +41,11 @@ def main(dataset: str, weights: str, steps: str, name: str, micro_batch: str = "
     torch.manual_seed(0)
     data = Dataset.open(dataset)
     model = zoo.create("R14x0.5", data.num_classes)
-    with distributed.join() as world:
+    stage = PretrainConfig(max_hours=float(os.environ["MAX_HOURS"]) if "MAX_HOURS" in os.environ else None)
+    with (
+        distributed.join(int(os.environ.get("TIMEOUT_S", 60))) as world,
+        attempts.attempt(store.of(name), stage, world) as attempt,
+    ):
         fit(
             model,
             recipe(int(steps), int(micro_batch) if micro_batch else None, sharding=sharding),
@@ -48,6 +53,7 @@ def main(dataset: str, weights: str, steps: str, name: str, micro_batch: str = "
             View(resize=40, crop=32, flips=True, crops=True),
             world,
             name=name,
+            attempt=attempt,
             decides={"data": data.fingerprint},
             record=lambda figures, step: print(f"recorded {step}", flush=True),
         )

@@ -13,7 +13,7 @@ import torch
 
 from tests.training.engine.small_training import recipe
 from training.data.shards import Dataset
-from training.engine.loop import draw_lam, neighbours
+from training.engine.loss import neighbours
 
 STEPS = 20
 MODULE = "tests.training.engine.small_training"
@@ -99,11 +99,11 @@ def test_mixup_exchanges_neighbours_only() -> None:
 
 
 def test_lam_follows_from_seed_and_step() -> None:
-    drawn = [draw_lam(recipe(10), step) for step in range(200)]
-    assert drawn == [draw_lam(recipe(10), step) for step in range(200)]
+    drawn = [recipe(10).lam(step) for step in range(200)]
+    assert drawn == [recipe(10).lam(step) for step in range(200)]
     assert all(0 <= lam <= 1 for lam in drawn)
     assert len(set(drawn)) > 150
-    assert draw_lam(recipe(10, mixup_alpha=0.0), 3) == 1.0
+    assert recipe(10, mixup_alpha=0.0).lam(3) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from training.models import fused, zoo
-from training.models.resnet import group_norm_relu
+from training.models.resnet import group_norm_relu, standardize
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="the fused form needs a compiler; the eager one stays"
@@ -44,6 +44,28 @@ def test_bf16_is_as_near_to_the_truth_as_rounding_allows() -> None:
     assert got[0].dtype == got[1].dtype == torch.bfloat16
     for ours, truth in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("shape", [(32, 3, 7, 7), (64, 16, 1, 1), (5, 512, 3, 3), (3, 1, 1, 2)])
+def test_standardised_filters_and_their_gradients_equal_the_eager_ones(shape) -> None:
+    torch.manual_seed(4)
+    weight = (torch.randn(shape) + 0.3).contiguous(memory_format=torch.channels_last)
+    up = torch.randn(shape)
+
+    def both(function, given):
+        given = given.detach().clone().requires_grad_()
+        made = function(given)
+        (made.double() * up.to(made.dtype).double()).sum().backward()
+        return made.detach().double(), given.grad.double()
+
+    for got, wanted in zip(both(fused.standardize_on_cpu, weight), both(standardize, weight.double()), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        made, gradient = both(fused.standardize_on_cpu, weight)
+        assert fused.standardize_on_cpu(weight).dtype == torch.bfloat16
+    wanted, wanted_gradient = both(standardize, weight.double())
+    torch.testing.assert_close(made, wanted, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=2e-2, atol=5e-2)
 
 
 def test_a_nan_goes_through() -> None:

@@ -1,0 +1,157 @@
+"""What the attempts of one training share, in `run.json` beside its checkpoints: the MLflow run, failures, time spent.
+
+A training that is killed and started again is one training: its budgets are kept by itself, wherever it is started.
+"""
+
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from training.config import Optimisation
+from training.engine.checkpoint import CheckpointError
+from training.engine.distributed import World
+from training.engine.signals import Preempted
+from training.engine.store import Store
+from training.errors import UserError
+
+FILE = "run.json"
+State = Literal["running", "stopped", "failed"]
+NOTE_EVERY_S = 10.0
+log = logging.getLogger(__name__)
+
+
+class BudgetError(UserError):
+    """A training that failed too often or took too long; the message names the limit and the key."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """failures: attempts that ended neither well nor by SIGTERM; seconds: of all attempts; step of steps; who runs it."""
+
+    run_id: str | None = None
+    state: State = "running"
+    failures: int = 0
+    attempts: int = 0
+    seconds: float = 0.0
+    step: int = 0
+    steps: int = 0
+    host: str = ""
+    pid: int = 0
+    since: str = ""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it was begun on another machine, whose processes can't be seen from here."""
+        return self.host != platform.node()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its process can be seen to run: only on the machine that it runs on."""
+        return self.state == "running" and not self.is_elsewhere and Path(f"/proc/{self.pid}").exists()
+
+
+@dataclass
+class Attempt:
+    """One attempt, seen from any rank; rank 0 keeps the record."""
+
+    store: Store
+    stage: Optimisation
+    writes: bool
+    record: Record
+    _began: float = field(default_factory=time.monotonic)
+    _noted: float = 0.0
+
+    @property
+    def folder(self) -> Path:
+        """A folder on this machine's disk for what must outlive the process."""
+        return Path(self.store.root) if self.store.is_local else Path(".outbox", self.store.root.rpartition("/")[2])
+
+    def seconds(self) -> float:
+        """Spent by all attempts so far."""
+        return self.record.seconds + time.monotonic() - self._began
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `max_hours` are spent."""
+        return self.stage.max_hours is not None and self.seconds() >= self.stage.max_hours * 3600
+
+    def over(self, step: int) -> BudgetError:
+        return BudgetError(
+            f"max_hours={self.stage.max_hours:g} are spent after step {step}, in {self.record.attempts} attempts; "
+            f"the checkpoints in {self.store.url} stay. Raise max_hours to go on from there."
+        )
+
+    def bind(self, run_id: str) -> None:
+        """This training's figures go to that MLflow run, also after a restart."""
+        self.note(run_id=run_id)
+
+    def reached(self, step: int, steps: int) -> None:
+        """Tells where training stands; written every ten seconds at most, for a store may be far."""
+        self.record = replace(self.record, step=step, steps=steps)
+        if time.monotonic() - self._noted >= NOTE_EVERY_S:
+            self.note()
+
+    def note(self, **changes: object) -> None:
+        """Writes the record; a store that is full or away costs the note, not the training."""
+        self.record, self._noted = replace(self.record, **changes), time.monotonic()  # type: ignore[arg-type]
+        now = replace(self.record, seconds=round(self.seconds(), 3))
+        if self.writes:
+            try:
+                self.store.write(FILE, (json.dumps(asdict(now), indent=1) + "\n").encode())
+            except Exception as error:
+                log.warning("%s of %s could not be written: %s", FILE, self.store.url, error)
+
+
+def read(store: Store) -> Record | None:
+    """The record of a training, None where none was begun. One that cannot be read counts as none: budgets begin anew."""
+    try:
+        return Record(**json.loads(store.read(FILE)))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+@contextmanager
+def attempt(store: Store, stage: Optimisation, world: World, fork: bool = False) -> Iterator[Attempt]:
+    """An attempt at the training whose checkpoints lie below `store`; with its good end they are removed.
+
+    fork: a new training, with budgets and an MLflow run of its own. Raises BudgetError, on every rank, where
+    `max_failures` are spent.
+    """
+    before = world.share(read(store) if world.is_main else None)
+    died = before is not None and before.state in ("running", "failed")
+    if before is None or fork:
+        before, died = Record(), False
+    record = replace(before, failures=before.failures + died)
+    if stage.max_failures is not None and record.failures > stage.max_failures:
+        raise BudgetError(
+            f"this training failed {record.failures} times, max_failures is {stage.max_failures}; its checkpoints in "
+            f"{store.url} stay. See why it failed, then raise max_failures or remove {store.url}/{FILE}."
+        )
+    me = Attempt(store, stage, world.is_main, record)
+    me.note(
+        state="running",
+        attempts=record.attempts + 1,
+        host=platform.node(),
+        pid=os.getpid(),
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    try:
+        yield me
+    except (Preempted, KeyboardInterrupt, BudgetError, CheckpointError):
+        me.note(state="stopped")
+        raise
+    except BaseException:
+        me.note(state="failed")
+        raise
+    if world.is_main:
+        store.remove()
+        shutil.rmtree(me.folder, ignore_errors=True)
