@@ -149,7 +149,9 @@ class Parts:
 
     def join(self, about: dict[str, Any]) -> tuple[int, int]:
         """All parts as one file, whose metadata say who answered; returns (rows, errors)."""
-        found = [pq.read_table(io.BytesIO(self.fs.cat_file(self._name(n)))) for n in range(self.count)]
+        found = [
+            pq.read_table(io.BytesIO(self.fs.cat_file(self._name(n))), use_threads=False) for n in range(self.count)
+        ]
         table = pa.concat_tables(found or [SCHEMA.empty_table()])
         table = table.replace_schema_metadata({key: json.dumps(value) for key, value in about.items()})
         self._write(self.path, _parquet(table))

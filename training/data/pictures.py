@@ -8,6 +8,7 @@ import io
 import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import fsspec
 
@@ -57,6 +58,8 @@ def find(source: str) -> Pictures:
 def _folder(fs: fsspec.AbstractFileSystem, root: str) -> Pictures:
     paths = sorted(path for path in fs.find(root) if posixpath.splitext(path)[1].lower() in SUFFIXES)
     names = [path.removeprefix(root.rstrip("/") + "/") for path in paths]
+    if "file" in fs.protocol:  # fsspec's own way to a local file takes three times as long
+        return Pictures(names, lambda i: Path(paths[i]).read_bytes())
     return Pictures(names, lambda i: fs.cat_file(paths[i]))
 
 
