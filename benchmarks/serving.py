@@ -10,6 +10,7 @@ generator (wrk) takes its share of the same cores: about 20 µs a request.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -41,6 +42,7 @@ BODY_BYTES = 40_000
 ARCH, SIDE = "R14x0.5", 176  # 0.49 GFLOP
 GOALS = {("half a GFLOP", 8): 0.88, ("half a GFLOP", 32): 0.93, ("half a GFLOP", 64): 0.93, ("trivial", 32): 0.85}
 Figures = dict[str, Any]
+Server = tuple[str, Request, int, Figures]  # address, what to ask, process, what its start cost
 
 
 def half_a_gflop() -> bytes:
@@ -92,7 +94,7 @@ NETWORKS = {"half a GFLOP": half_a_gflop, "trivial": trivial}
 
 
 @contextmanager
-def ours(folder: Path, data: bytes, body: bytes) -> Iterator[tuple[str, Request, Figures]]:
+def ours(folder: Path, data: bytes, body: bytes) -> Iterator[Server]:
     """bit-serve with keys and quotas; yields its address, a request, and what its start cost."""
     file, store = folder / "tenants.json", Folder(folder)
     key = make_key(file, "bench")
@@ -105,11 +107,11 @@ def ours(folder: Path, data: bytes, body: bytes) -> Iterator[tuple[str, Request,
         ready_s = time.perf_counter() - began
         request = Request("/v1/bench/classify", body, {"Authorization": f"Bearer {key}"})
         memory = private_mb(service.process.pid)
-        yield service.url, request, {"ready_s": round(ready_s, 2), "memory_mb": memory}
+        yield service.url, request, service.process.pid, {"ready_s": round(ready_s, 2), "memory_mb": memory}
 
 
 @contextmanager
-def theirs(peer: Peer, folder: Path, data: bytes, body: bytes) -> Iterator[tuple[str, Request, Figures]]:
+def theirs(peer: Peer, folder: Path, data: bytes, body: bytes) -> Iterator[Server]:
     (folder / "model.onnx").write_bytes(data)
     port = free_port()
     command = peer.command(peer.python, folder, port)
@@ -120,7 +122,8 @@ def theirs(peer: Peer, folder: Path, data: bytes, body: bytes) -> Iterator[tuple
     try:
         wait_for(f"http://127.0.0.1:{port}{peer.ready}", 120, folder / "server.log")
         request = Request(peer.path, peer.body(body), {"Content-Type": peer.media})
-        yield f"http://127.0.0.1:{port}", request, {"ready_s": round(time.perf_counter() - began, 2)}
+        ready_s = time.perf_counter() - began
+        yield f"http://127.0.0.1:{port}", request, child.pid, {"ready_s": round(ready_s, 2)}
     finally:
         os.killpg(child.pid, signal.SIGKILL)  # some wait for ever for workers that got the same SIGTERM
         child.wait()
@@ -137,17 +140,34 @@ def private_mb(pid: int) -> int:
     return round(sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024)
 
 
-def measure(server: Any, files: tuple[Path, Path], rounds: int, seconds: int) -> Figures:
-    """Ratios to the limit by number of connections, and the extra milliseconds of one connection."""
-    url, request, figures = server
+def session_s(leader: int) -> float:
+    """Processor time of a process and of all that it started, as far as they still run."""
+    ticks = 0
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            fields = status.read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12]) if int(fields[3]) == leader else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure(server: Server, files: tuple[Path, Path], rounds: int, seconds: int) -> Figures:
+    """Ratios to the limit by number of connections, and the extra milliseconds of one connection.
+
+    by_cpu: the same ratios, of the processor time that a picture takes: whatever else the machine does, it hardly moves.
+    """
+    url, request, process, figures = server
+    by_cpu: dict[int, list[float]] = {number: [] for number in CONNECTIONS}
     ratios: dict[int, list[float]] = {number: [] for number in CONNECTIONS}
     extra_ms = []
     wrk.load(url, request, max(CONNECTIONS), 1)  # warms up
     before = limit(*files, seconds)
     for _ in range(rounds):
         for number in CONNECTIONS:
+            used_s = session_s(process)
             result = wrk.load(url, request, number, seconds)
+            used_s = session_s(process) - used_s + result["cpu_s"]
             after = limit(*files, seconds)
+            by_cpu[number].append((before["cpu_s"] + after["cpu_s"]) / 2 / (used_s / result["requests"]))
             ratios[number].append(result["rate"] * 2 / (before["rate"] + after["rate"]))
             if number == 1:
                 extra_ms.append(result["p50_ms"] - (before["p50_ms"] + after["p50_ms"]) / 2)
@@ -155,6 +175,7 @@ def measure(server: Any, files: tuple[Path, Path], rounds: int, seconds: int) ->
     medians = {str(number): round(statistics.median(values), 3) for number, values in ratios.items()}
     return figures | {
         "ratios": medians,
+        "by_cpu": {str(number): round(statistics.median(values), 3) for number, values in by_cpu.items()},
         "extra_ms": round(statistics.median(extra_ms), 2),
         "limit_per_s": round(before["rate"]),
     }

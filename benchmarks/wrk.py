@@ -3,6 +3,7 @@
 A customer runs elsewhere; a generator on the service's own cores takes from it what it uses itself. Debian: apt-get install wrk.
 """
 
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -39,7 +40,10 @@ class NoWrk(RuntimeError):
 
 
 def load(url: str, request: Request, connections: int, seconds: int) -> dict[str, float]:
-    """Every connection asks again as soon as it is answered. Raises NoWrk, and RuntimeError where an answer wasn't a good one."""
+    """Every connection asks again as soon as it is answered; `cpu_s` is the generator's own processor time.
+
+    Raises NoWrk, and RuntimeError where an answer wasn't a good one.
+    """
     if shutil.which("wrk") is None:
         raise NoWrk("wrk makes the load of this benchmark; Debian: apt-get install wrk")
     with tempfile.TemporaryDirectory() as folder:
@@ -48,6 +52,7 @@ def load(url: str, request: Request, connections: int, seconds: int) -> dict[str
         headers = "\n".join(f"wrk.headers[{key!r}] = {value!r}" for key, value in request.headers.items())
         script.write_text(SCRIPT % {"body": repr(str(body)), "headers": headers})
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}", "--timeout", "10", "-s", str(script)]
+        before_s = children_s()
         done = subprocess.run([*command, url + request.path], check=True, capture_output=True, text=True)
     if done.stderr:
         raise RuntimeError(f"wrk: {done.stderr}")
@@ -56,4 +61,10 @@ def load(url: str, request: Request, connections: int, seconds: int) -> dict[str
         raise RuntimeError(
             f"{told['refused']:.0f} answers were refusals, {told['broken']:.0f} connections broke:\n{done.stdout}"
         )
-    return {**told, "rate": told["requests"] / told["took_s"]}
+    return {**told, "rate": told["requests"] / told["took_s"], "cpu_s": children_s() - before_s}
+
+
+def children_s() -> float:
+    """Processor time of the processes that this one waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

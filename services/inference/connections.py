@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from services.inference.settings import Settings
@@ -114,6 +115,16 @@ def protocol(header_timeout_s: float, body_timeout_s: float) -> type[HttpToolsPr
         def connection_lost(self, exc: Exception | None) -> None:
             self._header_came()
             super().connection_lost(exc)
+
+        def on_body(self, body: bytes) -> None:
+            cycle = self.cycle
+            if cycle.body or cycle.response_complete or self.parser.should_upgrade():
+                super().on_body(body)
+                return
+            cycle.body = body  # type: ignore[assignment]  # as it is: uvicorn copies each body twice
+            if len(body) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+            cycle.message_event.set()
 
         def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
             super()._start_asgi_task(cycle, Exchanged(cycle, app, body_timeout_s))
