@@ -22,7 +22,7 @@ NONE = "none"  # the version before the first
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the history. moved: false where a gate held the alias back."""
+    """One line of the history. moved: false where a gate held the alias back, or the promotion was killed before it moved."""
 
     when: datetime
     before: str
@@ -41,7 +41,8 @@ def read(client: MlflowClient, tenant: str) -> list[Entry]:
         return []
     order = ["attributes.start_time DESC"]
     runs = client.search_runs([experiment.experiment_id], f"tags.tenant = '{tenant}'", order_by=order, max_results=1000)
-    return [_entry(run) for run in runs]
+    champion = tracking.version_at(client, tenant, tracking.CHAMPION)
+    return [_entry(run, str(champion.version) if champion else NONE) for run in runs]
 
 
 def before(entries: list[Entry], champion: str) -> str | None:
@@ -80,8 +81,9 @@ def record(
     client.set_terminated(run.info.run_id, "FINISHED")
 
 
-def _entry(run: MLflowRun) -> Entry:
-    tags = run.data.tags
+def _entry(run: MLflowRun, champion: str) -> Entry:
+    """A run that did not end (its process was killed) moved the alias where the alias is there."""
+    tags, status = run.data.tags, run.info.status
     return Entry(
         when=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
         before=tags.get("from", NONE),
@@ -89,7 +91,7 @@ def _entry(run: MLflowRun) -> Entry:
         who=tags.get("mlflow.user", "unknown"),
         how=tags.get("how", ""),
         why=tags.get("why", ""),
-        moved=run.info.status not in ("FAILED", "KILLED"),
+        moved=status == "FINISHED" or (status == "RUNNING" and tags.get("to") == champion),
         figures=dict(run.data.metrics),
     )
 

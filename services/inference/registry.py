@@ -167,7 +167,7 @@ class MLflowRegistry:
         Of several instances that notice it at once, all but the first take theirs back.
         """
         experiment = self._promotions()
-        known = self._history(experiment, wanted.tenant)
+        known = self._history(experiment, wanted)
         before = known[0][2].get("to", "none") if known else "none"
         if before == wanted.version or not self._is_champion(wanted):
             return
@@ -185,7 +185,7 @@ class MLflowRegistry:
         run_id = self._send("POST", f"{API}/runs/create", json=run).json()["run"]["info"]["run_id"]
         ended = {"run_id": run_id, "status": "FINISHED", "end_time": now_ms}
         self._send("POST", f"{API}/runs/update", json=ended)
-        history = self._history(experiment, wanted.tenant)
+        history = self._history(experiment, wanted)
         same = [(start, other) for start, other, told in history if move.items() <= told.items()]
         if any(now_ms - start < TOGETHER_MS and (start, other) < (now_ms, run_id) for start, other in same):
             self._send("POST", f"{API}/runs/delete", json={"run_id": run_id})
@@ -207,23 +207,24 @@ class MLflowRegistry:
             found = self._get(f"{API}/experiments/get-by-name", {"experiment_name": PROMOTIONS})
             return found.json()["experiment"]["experiment_id"]
 
-    def _history(self, experiment: str, tenant: str) -> list[tuple[int, str, dict[str, str]]]:
-        """(start in ms, run id, tags) of a tenant's latest promotions, newest first."""
+    def _history(self, experiment: str, wanted: Wanted) -> list[tuple[int, str, dict[str, str]]]:
+        """(start in ms, run id, tags) of a tenant's latest promotions, newest first.
+
+        A run that did not end yet, or never will, counts where it is about the version that is champion now.
+        """
         query = {
             "experiment_ids": [experiment],
-            "filter": f"tags.tenant = '{tenant}' and attributes.status != 'FAILED'",  # a gate held those back
+            "filter": f"tags.tenant = '{wanted.tenant}' and attributes.status != 'FAILED'",  # a gate held those back
             "order_by": ["attributes.start_time DESC"],
             "max_results": 20,
         }
         runs = self._send("POST", f"{API}/runs/search", json=query).json().get("runs", [])
-        return [
-            (
-                int(run["info"]["start_time"]),
-                run["info"]["run_id"],
-                {tag["key"]: tag["value"] for tag in run["data"].get("tags", [])},
-            )
-            for run in runs
-        ]
+        found = []
+        for run in runs:
+            info, tags = run["info"], {tag["key"]: tag["value"] for tag in run["data"].get("tags", [])}
+            if info["status"] == "FINISHED" or (info["status"] == "RUNNING" and tags.get("to") == wanted.version):
+                found.append((int(info["start_time"]), str(info["run_id"]), tags))
+        return found
 
     def _tags_of(self, wanted: Wanted) -> dict[str, str]:
         key = (wanted.tenant, wanted.version)

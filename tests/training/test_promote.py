@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.services.exports import export, gray_png
-from training import history, predict, promote, tracking
+from training import history, pack, predict, promote, tracking
 from training.config import Config, ConfigError, PromoteConfig
 
 LIMITS = PromoteConfig(max_latency_ratio=1000)  # timing is a test of its own
@@ -140,6 +140,41 @@ def test_a_move_by_hand_is_noticed_and_rolled_back(registry: Registry) -> None:
     promote.rollback(registry.config, "lamps")
     assert registry.champion == first
     assert [how for *_, how in registry.moves()] == ["bit promote", "alias moved by hand", "bit promote --rollback"]
+
+
+def test_a_promotion_that_was_killed_before_the_alias_moved_is_none(registry: Registry) -> None:
+    first, second = registry.publish(export()), registry.publish(export(threshold=0.2))
+    promote.main(registry.config, "lamps", version=int(first))
+    uri, told = registry.config.tracking_uri, {"from": first, "to": second, "why": ""}
+    killed = history.record(uri, registry.client, "lamps", told, history.PROMOTED)
+    killed.__enter__()  # and its process is gone: the run stays as it is
+    assert registry.moves() == [("none", first, history.PROMOTED)]
+    history.notice(uri, registry.client, "lamps", registry.champion)
+    assert registry.moves() == [("none", first, history.PROMOTED)], "nobody moved it back by hand"
+    registry.client.set_registered_model_alias("lamps", "champion", second)  # killed a moment later: it had moved
+    assert registry.moves()[-1] == (first, second, history.PROMOTED)
+
+
+def test_the_packed_test_split_tells_the_accuracies(registry: Registry) -> None:
+    for split in ("train", "test"):
+        for name, values in {"dark": (10, 40, 70), "bright": (180, 210, 240)}.items():
+            folder = registry.folder / "tenants" / "lamps" / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for value in values:
+                (folder / f"{value}.png").write_bytes(gray_png(value + (split == "test")))
+    wrong = registry.folder / "tenants" / "lamps" / "pictures" / "test" / "dark" / "wrong.png"
+    wrong.write_bytes(gray_png(250))  # labelled dark, and bright: neither version gets it right
+    pack.main(registry.config, "lamps")
+    registry.publish(export())
+    promote.main(registry.config, "lamps")
+    registry.publish(export(threshold=0.1))
+    assert any("asked both with 7 of the 7 test pictures" in line for line in promote.main(registry.config, "lamps"))
+    [entry, _] = history.read(registry.client, "lamps")
+    assert entry.figures["pictures"] == 7
+    assert entry.figures["accuracy.from"] == entry.figures["accuracy.to"] == pytest.approx(6 / 7)
+    registry.publish(export(sign=-1))
+    with pytest.raises(promote.GateError, match=r"FAIL  accuracy_drop 0\.714"):
+        promote.main(registry.config, "lamps")
 
 
 def test_an_export_that_was_changed_is_not_promoted(registry: Registry) -> None:
