@@ -81,9 +81,9 @@ class Service:
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """A real MLflow server on SQLite; yields its address."""
-    port = free_port()
+def mlflow_server(folder: Path, port: int | None = None) -> Iterator[str]:
+    """A real MLflow server on SQLite; yields its address. port: default any free one."""
+    port = port or free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1", "--port", str(port)]
     with process("mlflow", command, folder / "mlflow.log", MLFLOW_WITHOUT_JOBS):

@@ -2,10 +2,12 @@
 
     python -m tests.training.engine.small_training DATASET WEIGHTS STEPS NAME [micro_batch] [sharding]
 
-Writes the weights to WEIGHTS; prints one line per recorded step.
+Writes the weights to WEIGHTS; prints one line per recorded step. TROUBLE=step:rank:what
+makes that rank end in that step: what is a signal's name, or `raise`.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,12 +21,23 @@ from training.engine.recipe import Recipe
 from training.models import npz, zoo
 
 
+def lr(step: int) -> float:
+    """Gentle: large steps from a fresh network amplify rounding."""
+    if trouble := os.environ.get("TROUBLE"):
+        when, rank, what = trouble.split(":")
+        if (step, os.environ.get("RANK", "0")) == (int(when), rank):
+            if what == "raise":
+                raise ArithmeticError("out of paint")
+            os.kill(os.getpid(), signal.Signals[what])
+    return 3e-4 * min(1.0, step / 6)
+
+
 def recipe(steps: int, micro_batch: int | None = None, mixup_alpha: float = 0.2, sharding: Sharding = "none") -> Recipe:
     return Recipe(
         steps=steps,
         global_batch=16,
         micro_batch=micro_batch,
-        lr=lambda step: 3e-4 * min(1.0, step / 6),  # gentle: large steps from a fresh network amplify rounding
+        lr=lr,
         weight_decay=1e-4,
         mixup_alpha=mixup_alpha,
         multi_label=False,
