@@ -77,6 +77,10 @@ test-cluster: .venv/.stamp-dev
 test-autoscaling: .venv/.stamp-dev
 	pytest -m heavy tests/autoscaling
 
+# Kills, lost ranks, other worlds, an MLflow that goes away (4 minutes on 2 quiet cores).
+test-engine: .venv/.stamp-dev
+	pytest -m heavy tests/training/engine
+
 # The training loop on torch_xla's device for processors, in an environment of its own (its torch is another; 4 GB).
 test-xla: .peers/xla/.stamp
 	PJRT_DEVICE=CPU .peers/xla/bin/python -m pytest --noconftest -p no:cacheprovider tests/xla

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3fs
 import torch
+from moto.server import ThreadedMotoServer
 
 from training.engine.checkpoint import CheckpointError, Checkpoints
 from training.engine.distributed import World
@@ -36,9 +38,29 @@ class Trained:
         return step, self.model.weight.item()
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(scope="module")
+def s3() -> Iterator[None]:
+    """A server that speaks S3, found as a user's own would be: by the environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("checkpoints")
+        yield
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    made = Store(str(tmp_path) if request.param == "local" else f"memory://{tmp_path}")
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+    url = {"local": str(tmp_path), "memory": f"memory:/{tmp_path}", "s3": f"s3://checkpoints{tmp_path}"}[request.param]
+    made = Store(url)
     yield made
     made.remove()
 
