@@ -213,6 +213,9 @@ class ClusterConfig(Section):
     store: str | None = Field(None, description="URL below which jobs leave their results, as s3://bucket/store")
     remote: str | None = Field(None, description="URL of the DVC remote that pods read packed pictures from")
     tracking_uri: str | None = Field(None, description="MLflow as pods reach it; default: the project's tracking_uri")
+    labels: Literal["gke", "bit"] = Field(
+        "gke", description="how nodes say their pool: by GKE's labels, or by bit/pool"
+    )
     queue: str | None = Field("training", description="Kueue's LocalQueue; null where there is no Kueue")
     pretrain: NodesConfig = NodesConfig()
     finetune: NodesConfig = NodesConfig()

@@ -142,10 +142,9 @@ class Followed:
             self.tail = threading.Thread(target=_print_logs, args=(self.jobs, f"{self.name}-worker-0"), daemon=True)
             self.tail.start()
 
-    def _told(self, job: Object) -> tuple[list[str], Object | None]:
+    def _told(self, job: Object) -> tuple[list[str], list[Object]]:
         suspended = job.get("spec", {}).get("runPolicy", {}).get("suspend")
-        workload = self.jobs.workload(job["metadata"]["uid"]) if suspended else None
-        return self.jobs.events(job["metadata"]["name"]), workload
+        return self.jobs.events(job["metadata"]["name"]), self.jobs.workloads() if suspended else []
 
 
 def _print_logs(jobs: Jobs, pod: str) -> None:

@@ -8,7 +8,10 @@ import pytest
 from training.cluster import explain
 from training.cluster.explain import Object
 
-JOB: Object = {"metadata": {"name": "bit-pretrain-1", "labels": {"kueue.x-k8s.io/queue-name": "training"}}, "spec": {}}
+JOB: Object = {
+    "metadata": {"name": "bit-pretrain-1", "uid": "u1", "labels": {"kueue.x-k8s.io/queue-name": "training"}},
+    "spec": {},
+}
 SUSPENDED: Object = JOB | {"spec": {"runPolicy": {"suspend": True}}}
 
 
@@ -29,8 +32,14 @@ def unplaced(message: str) -> Object:
     return pod(conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}])
 
 
-def workload(*conditions: Object) -> Object:
-    return {"status": {"conditions": list(conditions)}}
+def workload(*conditions: Object, uid: str = "u1", came: str = "2026-01-01", priority: int = 0) -> Object:
+    labels = {"kueue.x-k8s.io/job-uid": uid}
+    spec = {"queueName": "training", "priority": priority}
+    return {
+        "metadata": {"labels": labels, "creationTimestamp": came},
+        "spec": spec,
+        "status": {"conditions": list(conditions)},
+    }
 
 
 QUOTA = {
@@ -44,21 +53,29 @@ EVICTED = {"type": "Evicted", "status": "True", "reason": "Preempted", "message"
 @pytest.mark.parametrize(
     ("job", "pods", "events", "queued", "said"),
     [
-        (SUSPENDED, [], [], workload(QUOTA), "in queue 'training', waiting for quota: insufficient unused quota for nvidia"),
-        (SUSPENDED, [], [], workload(QUOTA, EVICTED), "preempted .Preempted.: to make room .*; it resumes from its checkpoint"),
-        (SUSPENDED, [], [], None, "queue 'training' has not admitted it"),
-        (JOB, [unplaced("0/9 nodes: 4 Insufficient nvidia.com/gpu.")], [], None, "enough nvidia.com/gpu. .asks for 4. free"),
-        (JOB, [unplaced("9 node(s) didn't match node affinity/selector.")], [], None, "labels of the pool .*nodepool=gpu"),
-        (JOB, [unplaced("pod has unbound immediate PersistentVolumeClaims.")], [], None, "volume is not there yet"),
-        (JOB, [waits("ImagePullBackOff", "not found")], [], None, "x@sha256:1 cannot be pulled .*Check cluster.image"),
-        (JOB, [waits("CreateContainerConfigError", "secret missing")], [], None, "cannot be made: secret missing"),
-        (JOB, [], ["pods are forbidden: violates PodSecurity"], None, "no pod could be made: pods are forbidden"),
-        (JOB, [], [], None, "the operator has not made its pods yet"),
+        (SUSPENDED, [], [], [workload(QUOTA)], "queue 'training', number 1 of 1 there, waiting for quota: insufficient unused"),
+        (SUSPENDED, [], [], [workload(QUOTA, EVICTED)], "preempted .Preempted.: to make room .*; it resumes from its checkpoint"),
+        (SUSPENDED, [], [], [], "queue 'training' has not admitted it"),
+        (JOB, [unplaced("0/9 nodes: 4 Insufficient nvidia.com/gpu.")], [], [], "enough nvidia.com/gpu. .asks for 4. free"),
+        (JOB, [unplaced("9 node(s) didn't match node affinity/selector.")], [], [], "labels of the pool .*nodepool=gpu"),
+        (JOB, [unplaced("pod has unbound immediate PersistentVolumeClaims.")], [], [], "volume is not there yet"),
+        (JOB, [waits("ImagePullBackOff", "not found")], [], [], "x@sha256:1 cannot be pulled .*Check cluster.image"),
+        (JOB, [waits("CreateContainerConfigError", "secret missing")], [], [], "cannot be made: secret missing"),
+        (JOB, [], ["pods are forbidden: violates PodSecurity"], [], "no pod could be made: pods are forbidden"),
+        (JOB, [], [], [], "the operator has not made its pods yet"),
     ],
 )  # fmt: skip
-def test_why_a_job_waits(job: Object, pods: list[Object], events: list[str], queued: Object | None, said: str) -> None:
+def test_why_a_job_waits(job: Object, pods: list[Object], events: list[str], queued: list[Object], said: str) -> None:
     told = explain.waiting(job, pods, events, queued)
     assert re.search(said, told), told
+
+
+def test_the_place_in_the_queue_counts_who_waits_and_goes_ahead() -> None:
+    own = workload(QUOTA, came="2026-01-03")
+    earlier, later = workload(QUOTA, uid="u2", came="2026-01-02"), workload(QUOTA, uid="u3", came="2026-01-04")
+    urgent = workload(QUOTA, uid="u4", came="2026-01-05", priority=100)
+    admitted = workload({"type": "QuotaReserved", "status": "True"}, uid="u5", came="2026-01-01")
+    assert "number 3 of 4 there" in explain.waiting(SUSPENDED, [], [], [admitted, later, own, urgent, earlier])
 
 
 FAILED = {"type": "Failed", "status": "True", "reason": "PyTorchJobFailed", "message": "the specified backoff limit"}

@@ -71,6 +71,29 @@ def test_a_job_is_admitted_and_lands_on_its_pool(prepared: Cluster, job: str) ->
     prepared.kubectl("delete", "-n", "bit", "pods", "-l", selector, "--force", "--grace-period=0")
 
 
+@pytest.mark.parametrize(
+    ("pool", "labels"), [("gpu-spot", "gke"), ("gpu", "gke"), ("tpu", "gke"), ("gpu", "bit"), ("cpu", "bit")]
+)
+def test_what_is_rendered_for_a_pool_lands_there(prepared: Cluster, pool: str, labels: str) -> None:
+    place = {"cpu": "cpu-1", "gpu": "gpu-1"}.get(pool, pool)
+    if labels == "bit":
+        prepared.kubectl("label", "node", place, f"bit/pool={pool}", "--overwrite")
+    other = {"cloud.google.com/gke-nodepool": "cpu"} if pool == "cpu" else {}
+    nodes = NodesConfig(pool=pool, cpu="1", memory="1Gi", node_selector=other)
+    given = ClusterConfig(image="x@sha256:1", store="s3://b", pretrain=nodes, labels=labels, queue=None)
+    name = f"bit-pretrain-{pool}-{labels}"
+    objects = render(Order(name, "pretrain", None, {"params.yaml": "{}"}), given, ROOT)
+    prepared.kubectl("apply", "--server-side", "-n", "bit", "-f", "-", stdin=yaml.safe_dump_all(objects))
+
+    def place_of() -> list[str]:
+        pods = prepared.get("pods", "-n", "bit", "-l", f"bit/job={name}")["items"]
+        return [pod["spec"]["nodeName"] for pod in pods if pod["spec"].get("nodeName")]
+
+    [found] = wait_for(place_of)
+    assert found.startswith(place if labels == "bit" and pool != "cpu" else f"{pool}-")
+    prepared.kubectl("delete", "-n", "bit", "pytorchjob", name)
+
+
 @pytest.mark.parametrize("folder", ["overlays/kind", "overlays/gke", "overlays/generic", "tenant"])
 def test_every_overlay_applies(prepared: Cluster, folder: str) -> None:
     objects = list(yaml.safe_load_all(prepared.kubectl("kustomize", str(K8S / folder))))

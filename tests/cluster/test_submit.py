@@ -88,11 +88,11 @@ def test_dvc_repro_on_the_cluster_gives_what_it_gives_here(
 
 
 def test_a_killed_repro_attaches_and_lost_workers_resume(
-    prepared: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
+    prepared: Cluster, submitter: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
 ) -> None:
     two = {"pretrain": CPU | {"workers": 2}}
     root = project(template, tmp_path / "p", tmp_path / "store", seed=2, pretrain={"seed": 2, **LONG}, cluster=two)
-    first = Command(root, prepared, tmp_path / "first.log", "-m", "dvc", "repro", "pretrain")
+    first = Command(root, submitter, tmp_path / "first.log", "-m", "dvc", "repro", "pretrain")
     wait_for(lambda: list(kubelet.folder.glob("*/checkpoints/**/step-*")) or first.process.poll() is not None)
     job = only_job(prepared, 2)
     os.killpg(first.process.pid, signal.SIGKILL)
@@ -101,7 +101,7 @@ def test_a_killed_repro_attaches_and_lost_workers_resume(
     assert victim is not None
     victim.kill()  # restarted in place, as a kubelet does
     wait_for(lambda: victim.restarts == 1)
-    again = Command(root, prepared, tmp_path / "again.log", "-m", "dvc", "repro", "pretrain")
+    again = Command(root, submitter, tmp_path / "again.log", "-m", "dvc", "repro", "pretrain")
     wait_for(lambda: "resumed after step" in kubelet.log(f"{job}-worker-0"))
     before = prepared.get("pod", f"{job}-worker-1", "-n", "bit")["metadata"]["uid"]
     prepared.kubectl(
@@ -116,25 +116,25 @@ def test_a_killed_repro_attaches_and_lost_workers_resume(
 
 
 def test_why_a_job_waits_and_fails_is_told_in_plain_words(
-    prepared: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
+    prepared: Cluster, submitter: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
 ) -> None:
     root = project(template, tmp_path / "p", tmp_path / "store", seed=3)
     edit(root, lambda job: job["spec"]["runPolicy"].update(backoffLimit=2))
 
     big = ("--set", "cluster.pretrain.cpu='900'")
-    watching = Command(root, prepared, tmp_path / "big.log", "-m", "training", "submit", "pretrain", *big)
+    watching = Command(root, submitter, tmp_path / "big.log", "-m", "training", "submit", "pretrain", *big)
     wait_for(lambda: "has enough" in watching.log, 60)
     assert "no node of the pool gke-nodepool=cpu has enough cpu (asks for 900) free" in watching.log
     assert "1 × (1 processes, 900 cpu, 1Gi) on pool cpu, no queue" in watching.log
     watching.process.send_signal(signal.SIGINT)
     job = only_job(prepared, 3)
     assert f"bit attach {job}" in watching.end(130)
-    assert job in bit(root, prepared, "jobs")
-    bit(root, prepared, "cancel", job)
+    assert job in bit(root, submitter, "jobs")
+    bit(root, submitter, "cancel", job)
 
     wrong = ("--set", "pretrain.seed=4", "--set", "pretrain.resize=20", "--set", "pretrain.crop=32")
-    bit(root, prepared, "submit", "pretrain", "--detach", *wrong)
-    failed = bit(root, prepared, "attach", only_job(prepared, 4), status=2)
+    bit(root, submitter, "submit", "pretrain", "--detach", *wrong)
+    failed = bit(root, submitter, "attach", only_job(prepared, 4), status=2)
     assert "crop=32 is larger than resize=20" in failed
     assert "started again 1 time; last words: " in failed
     assert "Mend it, then: bit submit pretrain --retry" in failed
@@ -144,12 +144,12 @@ def test_why_a_job_waits_and_fails_is_told_in_plain_words(
 
 
 def test_two_people_get_one_job_and_outlive_the_api_server(
-    prepared: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
+    prepared: Cluster, submitter: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
 ) -> None:
     root = project(template, tmp_path / "p", tmp_path / "store", seed=5, pretrain={"seed": 5, **LONG})
     other = project(template, tmp_path / "q", tmp_path / "store", seed=5, pretrain={"seed": 5, **LONG})
     submit = ("-m", "training", "submit", "pretrain")
-    both = [Command(each, prepared, tmp_path / f"{each.name}.log", *submit) for each in (root, other)]
+    both = [Command(each, submitter, tmp_path / f"{each.name}.log", *submit) for each in (root, other)]
     wait_for(lambda: all("running" in each.log for each in both))
     job = only_job(prepared, 5)
     with prepared.api_server_down(signal.SIGSTOP):
@@ -163,18 +163,18 @@ def test_two_people_get_one_job_and_outlive_the_api_server(
     made = receipt(root, "pretrain")
     assert made["details"]["job_uid"] == receipt(other, "pretrain")["details"]["job_uid"] == uid
 
-    bit(root, prepared, "cancel", job)
-    assert "its receipt is back" in bit(root, prepared, "submit", "pretrain")
+    bit(root, submitter, "cancel", job)
+    assert "its receipt is back" in bit(root, submitter, "submit", "pretrain")
     assert not prepared.get("pytorchjobs", "-n", "bit", "-l", f"bit/job={job}")["items"]
     assert receipt(root, "pretrain")["outputs"] == made["outputs"]
 
 
 def test_a_job_is_suspended_and_goes_on_as_kueue_does_it(
-    prepared: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
+    prepared: Cluster, submitter: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
 ) -> None:
     never = {**LONG, "checkpoint_every": 300}  # the only checkpoint is the one that SIGTERM asks for
     root = project(template, tmp_path / "p", tmp_path / "store", seed=6, pretrain={"seed": 6, **never})
-    submit = Command(root, prepared, tmp_path / "submit.log", "-m", "training", "submit", "pretrain")
+    submit = Command(root, submitter, tmp_path / "submit.log", "-m", "training", "submit", "pretrain")
     wait_for(lambda: "running" in submit.log)
     job = only_job(prepared, 6)
     wait_for(lambda: "loss" in kubelet.log(f"{job}-worker-0"))
@@ -227,13 +227,15 @@ EDITS = {
 }
 
 
-def test_a_dry_run_refuses_invalid_edits_and_makes_nothing(prepared: Cluster, template: Path, tmp_path: Path) -> None:
+def test_a_dry_run_refuses_invalid_edits_and_makes_nothing(
+    prepared: Cluster, submitter: Cluster, template: Path, tmp_path: Path
+) -> None:
     ways = {}
     for number, (said, (change, arguments)) in enumerate(EDITS.items()):
         root = project(template, tmp_path / f"p{number}", tmp_path / "store", seed=7)
         edit(root, change, ("pretrain",))
         submit = ("-m", "training", "submit", "pretrain", "--dry-run", *arguments)
-        ways[said] = Command(root, prepared, tmp_path / f"{number}.log", *submit)
+        ways[said] = Command(root, submitter, tmp_path / f"{number}.log", *submit)
     for said, way in ways.items():
         assert said in way.end(0 if "would be taken" in said else 2), said
     maps = prepared.get("configmaps", "-n", "bit")["items"]

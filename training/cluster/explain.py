@@ -16,10 +16,10 @@ def condition(job: Object) -> str:
     )
 
 
-def waiting(job: Object, pods: list[Object], events: list[str], workload: Object | None) -> str:
-    """Why a job does not run yet."""
+def waiting(job: Object, pods: list[Object], events: list[str], workloads: list[Object]) -> str:
+    """Why a job does not run yet. workloads: Kueue's, of the job's namespace."""
     if job.get("spec", {}).get("runPolicy", {}).get("suspend"):
-        return _queued(job, workload)
+        return _queued(job, workloads)
     for pod in pods:
         if told := _pulling(pod):
             return told
@@ -76,16 +76,38 @@ def restarts(pods: list[Object]) -> str:
     return told
 
 
-def _queued(job: Object, workload: Object | None) -> str:
+def _queued(job: Object, workloads: list[Object]) -> str:
     queue = job["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
-    if workload is None:
+    own = next((one for one in workloads if _job_of(one) == job["metadata"].get("uid")), None)
+    if own is None:
         return f"suspended; queue {queue!r} has not admitted it" if queue else "suspended (runPolicy.suspend)"
-    rows = workload.get("status", {}).get("conditions", [])
-    told = next((row["message"] for row in rows if row["type"] == "QuotaReserved" and row["status"] == "False"), "")
-    evicted = next((row for row in rows if row["type"] == "Evicted" and row["status"] == "True"), None)
-    if evicted:
+    if evicted := _condition(own, "Evicted", "True"):
         return f"preempted ({evicted.get('reason')}): {evicted.get('message')}; it resumes from its checkpoint"
-    return f"in queue {queue!r}, waiting for quota: {told or 'no more is told'}"
+    waiting = sorted((one for one in workloads if _waits(one, own)), key=_turn)
+    reason = (_condition(own, "QuotaReserved", "False") or {}).get("message") or "no more is told"
+    return f"in queue {queue!r}, number {waiting.index(own) + 1} of {len(waiting)} there, waiting for quota: {reason}"
+
+
+def _job_of(workload: Object) -> str | None:
+    uid: str | None = workload["metadata"].get("labels", {}).get("kueue.x-k8s.io/job-uid")
+    return uid
+
+
+def _waits(workload: Object, own: Object) -> bool:
+    """Whether a workload waits in the queue of another one, which waits itself."""
+    same = workload["spec"].get("queueName") == own["spec"].get("queueName")
+    over = _condition(workload, "QuotaReserved", "True") or _condition(workload, "Finished", "True")
+    return workload is own or (same and not over)
+
+
+def _turn(workload: Object) -> tuple[int, str]:
+    """Kueue takes the highest priority first, then who came first."""
+    return -(workload["spec"].get("priority") or 0), workload["metadata"].get("creationTimestamp", "")
+
+
+def _condition(made: Object, kind: str, status: str) -> Object | None:
+    rows = made.get("status", {}).get("conditions", [])
+    return next((row for row in rows if row["type"] == kind and row["status"] == status), None)
 
 
 def _pulling(pod: Object) -> str:

@@ -5,6 +5,7 @@ history that is gone (410) is listed anew.
 """
 
 import copy
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -48,7 +49,8 @@ class Jobs:
     def __init__(self, cluster: ClusterConfig, tenant: str | None = None) -> None:
         try:
             settings = client.Configuration()
-            config.load_kube_config(context=cluster.context, client_configuration=settings)
+            file = os.environ.get("KUBECONFIG")  # the client reads it when it is imported, and not again
+            config.load_kube_config(file, context=cluster.context, client_configuration=settings)
         except ConfigException as error:
             raise ClusterError(f"no cluster to submit to ({error}): set KUBECONFIG or cluster.context.") from None
         self.api = api = Counted(settings)
@@ -126,19 +128,18 @@ class Jobs:
             found = self.core.list_namespaced_event(self.namespace, field_selector=f"involvedObject.name={about}")
         return [event.message for event in found.items if event.message]
 
-    def workload(self, uid: str) -> Object | None:
-        """Kueue's view of a job, None where there is no Kueue."""
+    def workloads(self) -> list[Object]:
+        """Kueue's view of all jobs of the namespace; none where there is no Kueue."""
         with self._asked("list workloads"):
             try:
-                selector = f"kueue.x-k8s.io/job-uid={uid}"
                 found = self.custom.list_namespaced_custom_object(
-                    "kueue.x-k8s.io", "v1beta2", self.namespace, "workloads", label_selector=selector
+                    "kueue.x-k8s.io", "v1beta2", self.namespace, "workloads"
                 )
             except ApiException as error:
                 if error.status in (403, 404):
-                    return None
+                    return []
                 raise
-        return found["items"][0] if found["items"] else None
+        return list(found["items"])
 
     def logs(self, pod: str, follow: bool) -> Iterator[str]:
         """A pod's lines; ends where there are none (yet)."""

@@ -126,7 +126,8 @@ def _fill_job(job: Object, order: Order, cluster: ClusterConfig, nodes: NodesCon
     template = worker["template"]
     template.setdefault("metadata", {}).setdefault("labels", {}).update(labels)
     pod = template["spec"]
-    pod["nodeSelector"] = dict(pool.node_selector) | dict(nodes.node_selector)
+    selector = dict(pool.node_selector) if cluster.labels == "gke" or not pool.resource else {"bit/pool": nodes.pool}
+    pod["nodeSelector"] = selector | dict(nodes.node_selector)
     pod["tolerations"] = [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in pool.tolerations]
     container = next(one for one in pod["containers"] if one["name"] == "pytorch")
     container["image"] = cluster.image

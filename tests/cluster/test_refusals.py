@@ -1,0 +1,59 @@
+"""A cluster that does not take jobs says why, with the next step: no operator, no right, no such context, nobody there."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import clusters
+from tests.cluster.conftest import ROOT, person
+from tests.clusters import Cluster
+from training.cluster.jobs import EVERYWHERE, ClusterError, Jobs
+from training.cluster.manifests import Order, render
+from training.config import ClusterConfig
+
+GIVEN = ClusterConfig(image="x@sha256:1", store="s3://b", queue=None)
+ORDER = Order("bit-pretrain-1", "pretrain", None, {"params.yaml": "{}"})
+
+
+def jobs_of(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+    return Jobs(GIVEN)
+
+
+def test_who_has_no_right_reads_which_one_and_where_it_is_to_be_had(
+    prepared: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = jobs_of(person(prepared, "nobody"), monkeypatch)
+    with pytest.raises(
+        ClusterError, match=r"forbidden: you may not apply ConfigMap .* in namespace 'bit'.*Role `submitter`"
+    ):
+        nobody.apply(render(ORDER, GIVEN, ROOT), dry_run=True)
+    with pytest.raises(ClusterError, match=r"may not list pytorchjobs in all namespaces.*ClusterRole `bit-watcher`"):
+        nobody.of(EVERYWHERE).find()
+    watcher = jobs_of(person(prepared, "watcher", "bit-watcher"), monkeypatch)
+    assert isinstance(watcher.of(EVERYWHERE).find(), list)
+    with pytest.raises(ClusterError, match="forbidden: you may not list pods"):
+        watcher.pods("bit-pretrain-1")
+
+
+def test_a_namespace_that_is_not_there_is_named(prepared: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = jobs_of(prepared, monkeypatch).of("bit-nowhere")
+    with pytest.raises(ClusterError, match=r"Is the namespace 'bit-nowhere' there\? kubectl apply -k"):
+        jobs.apply(render(ORDER, GIVEN, ROOT))
+
+
+def test_a_cluster_without_the_operator_and_one_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with clusters.running(tmp_path / "bare", "") as bare:
+        bare.kubectl("create", "namespace", "bit")
+        jobs = jobs_of(bare, monkeypatch)
+        with pytest.raises(ClusterError, match="does not know PyTorchJobs: install the Kubeflow training operator"):
+            jobs.apply(render(ORDER, GIVEN, ROOT), dry_run=True)
+        with pytest.raises(ClusterError, match="does not know PyTorchJobs"):
+            next(jobs.watch("bit/job"))
+        assert jobs.workloads() == []  # no Kueue either
+        with pytest.raises(ClusterError, match=r"no cluster to submit to .*: set KUBECONFIG or cluster.context"):
+            Jobs(GIVEN.model_copy(update={"context": "nowhere"}))
+    with pytest.raises(
+        ClusterError, match=r"cannot be reached .*: is cluster.context the right one, and the cluster up\?"
+    ):
+        jobs.find()
