@@ -18,7 +18,7 @@ from rich.table import Table
 
 from training import receipt
 from training.cluster import explain, pod, results
-from training.cluster.jobs import EVERYWHERE, ClusterError, Jobs, Object
+from training.cluster.jobs import EVERYWHERE, PATIENCE_S, ClusterError, Jobs, Object
 from training.cluster.manifests import Order, render
 from training.cluster.orders import ended_before, order
 from training.config import Config
@@ -39,7 +39,7 @@ def main(config: Config, stage: str, tenant: str | None = None, *, follow: bool 
         _clear(config, jobs, wanted.name)
         found = None
     if found is None and not retry and ended_before(config, wanted.name):
-        results.collect(config, jobs, {"metadata": {"name": wanted.name}}, stage, tenant)
+        results.collect(config, [], {"metadata": {"name": wanted.name}}, stage, tenant)
         say(f"{wanted.name}: succeeded before and was removed; its receipt is back")
         return
     if found is None:
@@ -69,7 +69,7 @@ def attach(config: Config, jobs: Jobs, name: str, stage: str, tenant: str | None
         raise SystemExit(DETACHED) from None
     if explain.condition(job) == "Failed":
         raise ClusterError(f"{name} failed: {why(config, followed.ends, job, stage, tenant)}")
-    results.collect(config, jobs, job, stage, tenant)
+    results.collect(config, followed.pods, job, stage, tenant)
     say(f"{name}: succeeded; receipt in {receipt.folder(stage, tenant)}")
 
 
@@ -123,7 +123,7 @@ class Followed:
         raise AssertionError("a watch has no end")
 
     def _look(self, job: Object, state: str, over: bool) -> None:
-        pods = self.jobs.pods(self.name)
+        self.pods = pods = self.jobs.pods(self.name)
         self.ends = explain.terminated(pods) or self.ends
         for one in pods:
             self.seen.setdefault(one["metadata"]["name"], set()).add(one["metadata"]["uid"])
@@ -187,7 +187,8 @@ def fleet(configs: dict[str, Config], retry: bool = False) -> None:
     for tenant, wanted in orders.items():
         own = jobs.of(config.cluster.namespace_of(tenant))
         if states[wanted.name] == "Succeeded":
-            results.collect(configs[tenant], own, ended[wanted.name], "finetune", tenant)
+            pods = own.pods(wanted.name, PATIENCE_S)
+            results.collect(configs[tenant], pods, ended[wanted.name], "finetune", tenant)
         else:
             failures.append(tenant)
     show([(tenant, wanted.name, states[wanted.name]) for tenant, wanted in orders.items()])

@@ -239,6 +239,15 @@ def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None
     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
+def note(uri: str, run_id: str, tags: Mapping[str, str]) -> str:
+    """Tags of a run that another machine made. Returns why it could not be done: the server of `uri` is not its one, say."""
+    try:
+        set_tags(connect(uri), run_id, tags)
+    except MlflowException as error:
+        return error.message
+    return ""
+
+
 def git_commit() -> str:
     """The commit that the code is of. Pods have no .git: there BIT_GIT_COMMIT says it."""
     if commit := os.environ.get("BIT_GIT_COMMIT"):

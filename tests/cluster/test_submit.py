@@ -103,14 +103,12 @@ def test_a_killed_repro_attaches_and_lost_workers_resume(
     wait_for(lambda: victim.restarts == 1)
     again = Command(root, submitter, tmp_path / "again.log", "-m", "dvc", "repro", "pretrain")
     wait_for(lambda: "resumed after step" in kubelet.log(f"{job}-worker-0"))
-    before = prepared.get("pod", f"{job}-worker-1", "-n", "bit")["metadata"]["uid"]
-    prepared.kubectl(
-        "delete", "pod", f"{job}-worker-1", "-n", "bit"
-    )  # SIGTERM, as at a preemption; the operator makes it anew
+    uids = {uid for uid, one in kubelet.containers.items() if one.name == f"{job}-worker-1"}
+    prepared.kubectl("delete", "pod", f"{job}-worker-1", "-n", "bit")  # as at a preemption; the operator makes it anew
+    wait_for(lambda: {uid for uid, one in kubelet.containers.items() if one.name == f"{job}-worker-1"} > uids)
     said = again.end()
     assert "joined" in said
     assert "succeeded" in said
-    assert prepared.get("pod", f"{job}-worker-1", "-n", "bit")["metadata"]["uid"] != before
     assert only_job(prepared, 2) == job
     assert kubelet.log(f"{job}-worker-0").count("resumed after step") >= 2
 
@@ -132,13 +130,13 @@ def test_why_a_job_waits_and_fails_is_told_in_plain_words(
     assert job in bit(root, submitter, "jobs")
     bit(root, submitter, "cancel", job)
 
-    wrong = ("--set", "pretrain.seed=4", "--set", "pretrain.resize=20", "--set", "pretrain.crop=32")
+    wrong = ("--set", "pretrain.seed=4", "--set", "pretrain.micro_batch=3")
     bit(root, submitter, "submit", "pretrain", "--detach", *wrong)
     failed = bit(root, submitter, "attach", only_job(prepared, 4), status=2)
-    assert "crop=32 is larger than resize=20" in failed
+    assert "micro_batch=3 does not divide a rank's share of 8 examples" in failed
     assert "started again 1 time; last words: " in failed
     assert "Mend it, then: bit submit pretrain --retry" in failed
-    assert "crop=32 is larger than resize=20" in bit(
+    assert "micro_batch=3 does not divide a rank's share of 8 examples" in bit(
         root, prepared, "attach", only_job(prepared, 4), status=2
     )  # no pods now
 

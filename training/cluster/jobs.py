@@ -27,6 +27,7 @@ ALL = "bit/job"  # the label of every job that `bit submit` made
 EVERYWHERE = ""  # all namespaces
 CONNECT_S, READ_S = 5, 60
 LONGEST_PAUSE_S = 15.0
+PATIENCE_S = 120.0  # an API server that starts again refuses rights and kinds that it has not read yet
 
 
 class ClusterError(UserError):
@@ -116,8 +117,18 @@ class Jobs:
                     if error.status != 404:
                         raise
 
-    def pods(self, name: str) -> list[Object]:
-        """The pods of a job, as plain objects."""
+    def pods(self, name: str, patience_s: float = 0.0) -> list[Object]:
+        """The pods of a job, as plain objects. patience_s: how long refusals and cut connections are tried again."""
+        until = time.monotonic() + patience_s
+        while True:
+            try:
+                return self._pods(name)
+            except ClusterError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(2)
+
+    def _pods(self, name: str) -> list[Object]:
         with self._asked("list pods"):
             found = self.core.list_namespaced_pod(self.namespace, label_selector=f"bit/job={name}")
         return [self.core.api_client.sanitize_for_serialization(pod) for pod in found.items]
@@ -154,7 +165,7 @@ class Jobs:
 
     def watch(self, selector: str, pause_s: float = 5.0) -> Iterator[Object | None]:
         """Every state of the selected jobs as it comes, for ever; None about every `pause_s` seconds in which nothing came."""
-        failures = 0
+        failures, answered = 0, -PATIENCE_S
         while True:
             try:
                 listed = self._list(label_selector=selector, _request_timeout=(CONNECT_S, READ_S))
@@ -162,6 +173,7 @@ class Jobs:
                 yield from listed["items"]
                 version = listed["metadata"]["resourceVersion"]
                 while True:
+                    answered = time.monotonic()
                     stream = watch.Watch().stream(
                         self._list,
                         label_selector=selector,
@@ -173,11 +185,12 @@ class Jobs:
                         version = event["object"]["metadata"]["resourceVersion"]
                         yield event["object"]
                     yield None
-            except ApiException as error:
-                if error.status is not None and error.status in (401, 403, 404):
+            except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
+                refused = isinstance(error, ApiException) and error.status in (401, 403, 404)
+                if refused and time.monotonic() - answered > PATIENCE_S:
                     raise ClusterError(self._explained(error, "watch pytorchjobs")) from None
-                failures = self._rest(failures, error)  # 410: the history is gone; 5xx, 429: not now
-            except (urllib3.exceptions.HTTPError, OSError) as error:
+                if not refused:  # 410: the history is gone; 5xx, 429, no connection: not now
+                    answered = time.monotonic()
                 failures = self._rest(failures, error)
             if failures:
                 yield None

@@ -2,16 +2,17 @@
 
 import hashlib
 import json
+import sys
 from typing import Any
 
 import fsspec
 
 from training import receipt
-from training.cluster.jobs import ClusterError, Jobs, Object
+from training.cluster.jobs import ClusterError, Object
 from training.config import Config
 
 
-def collect(config: Config, jobs: Jobs, job: Object, stage: str, tenant: str | None) -> None:
+def collect(config: Config, pods: list[Object], job: Object, stage: str, tenant: str | None) -> None:
     """The receipt of a job that succeeded, into the stage's folder; checked against the hash that its pod left, if one did.
 
     The run in MLflow gets the job's uid, which its pods could not know. Raises ClusterError for a receipt that is not there or
@@ -19,7 +20,7 @@ def collect(config: Config, jobs: Jobs, job: Object, stage: str, tenant: str | N
     """
     name, uid = job["metadata"]["name"], job["metadata"].get("uid")
     url, expected = f"{config.cluster.store}/{name}/{receipt.FILE}", None
-    for pod in jobs.pods(name):
+    for pod in pods:
         for status in pod.get("status", {}).get("containerStatuses") or ():
             message = ((status.get("state") or {}).get("terminated") or {}).get("message") or ""
             if message.startswith("{"):
@@ -43,5 +44,6 @@ def collect(config: Config, jobs: Jobs, job: Object, stage: str, tenant: str | N
         if made.run_id:
             from training import tracking  # MLflow takes seconds, which a detached submission should not wait
 
-            tracking.set_tags(tracking.connect(config.tracking_uri), made.run_id, {"k8s.job_uid": uid})
+            if problem := tracking.note(config.tracking_uri, made.run_id, {"k8s.job_uid": uid}):
+                print(f"the run in MLflow does not get its job's uid: {problem}", file=sys.stderr)
     made.model_copy(update={"details": details}).write(folder)
