@@ -86,7 +86,7 @@ def document(version: str) -> Schema:
         },
     }
     inference = (400, 401, 403, 404, 408, 413, 415, 429, 503, 504)
-    looking = (401, 403, 404, 503)
+    looking, body = (401, 403, 404, 503), (408, 413, 415)
     outputs = many({"type": "object", "properties": {"name": {"enum": list(OUTPUTS)}}, "required": ["name"]})
     infer_body = {
         "application/json": {
@@ -101,6 +101,7 @@ def document(version: str) -> Schema:
         "Open Inference Protocol v2: tensors in, tensors out",
         of(model_name=TEXT, model_version=TEXT, outputs=many(TENSOR)),
         *inference,
+        501,
         body=infer_body,
         parameters=[deadline],
     )
@@ -142,11 +143,13 @@ def document(version: str) -> Schema:
         "/v2/health/ready": {"get": _operation("Ready for requests", of(ready={"type": "boolean"}), 503)},
         "/v2/models/stats": {"get": stats},
         "/v2/repository/index": {
-            "post": _operation("All models", many(of(name=TEXT, version=TEXT, state=TEXT)), 400, 401, body=json_object)
+            "post": _operation(
+                "All models", many(of(name=TEXT, version=TEXT, state=TEXT)), 400, 401, *body, body=json_object
+            )
         },
         "/v2/repository/models/{name}/load": {
             "parameters": [name],
-            "post": _operation("Load now, not with the first request", {}, 400, *looking, 501, body=json_object),
+            "post": _operation("Load now, not with the first request", {}, 400, *looking, *body, 501, body=json_object),
         },
         "/v2/repository/models/{name}/unload": {
             "parameters": [name],

@@ -226,7 +226,11 @@ def pages(
     ] + [
         Route(f"/v2/{kind}sharedmemory{rest}", own.does_not_apply, methods=["GET", "POST"])
         for kind in ("system", "cuda")
-        for rest in ("/status", "/region/{region}/status", "/region/{region}/register", "/unregister")
+        for rest in (
+            "/status",
+            "/unregister",
+            *(f"/region/{{region}}/{what}" for what in ("status", "register", "unregister")),
+        )
     ]
     model = "/v2/models/{name}"
     of_version = "/v2/models/{name}/versions/{version}"

@@ -3,6 +3,7 @@
 Specification: https://github.com/kserve/open-inference-protocol (REST) and Triton's binary data extension.
 """
 
+import base64
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import orjson
 from numpy.typing import NDArray
 
 from services.inference.engine import OUTPUTS
-from services.inference.errors import BadRequest
+from services.inference.errors import BadRequest, Unsupported
 from services.inference.models import Served
 
 INPUTS = ("pixels", "picture")
@@ -49,10 +50,12 @@ def parse(body: bytes, json_length: int | None, resolution: int) -> InferRequest
     tensor, tail = request["inputs"][0], b"" if json_length is None else body[json_length:]
     if not isinstance(tensor, dict) or tensor.get("name") not in INPUTS:
         raise BadRequest("the one input is named `pixels` (UINT8) or `picture` (BYTES, encoded pictures)")
-    data = _pixels(tensor, tail, resolution) if tensor["name"] == "pixels" else _pictures(tensor, tail)
     wanted = request.get("outputs") or [{"name": "probabilities"}]
     if not isinstance(wanted, list) or not all(isinstance(output, dict) for output in wanted):
         raise BadRequest("`outputs` must be a list of objects with a `name`")
+    if any("shared_memory_region" in _parameters(holder) for holder in (tensor, *wanted)):
+        raise Unsupported("this server has no shared memory: send and receive tensors in the body")
+    data = _pixels(tensor, tail, resolution) if tensor["name"] == "pixels" else _pictures(tensor, tail)
     all_binary = bool(_parameters(request).get("binary_data_output"))
     binary, classification = set(), {}
     for output in wanted:
@@ -78,12 +81,22 @@ def _parameters(holder: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pictures(tensor: dict[str, Any], raw: bytes) -> list[bytes]:
-    """Encoded pictures: a BYTES tensor [n], each element 4 bytes of length (little-endian) and the bytes."""
+    """Encoded pictures: a BYTES tensor [n], each element 4 bytes of length (little-endian) and the bytes; in JSON, base64."""
     shape, size = tensor.get("shape"), _parameters(tensor).get("binary_data_size")
     if tensor.get("datatype") != "BYTES" or not isinstance(shape, list) or len(shape) not in (1, 2):
         raise BadRequest("`picture` has the datatype BYTES and the shape [n]")
-    if size is None or size != len(raw):
-        raise BadRequest(f"`picture` comes as binary data; binary_data_size is {size}, {len(raw)} bytes came")
+    if size is None:
+        found = _from_base64(tensor.get("data"))
+    elif size == len(raw):
+        found = _elements_of(raw)
+    else:
+        raise BadRequest(f"`picture` has the binary_data_size {size}, {len(raw)} bytes came")
+    if not found or len(found) != shape[0] or shape[1:] not in ([], [1]):
+        raise BadRequest(f"`picture` has the shape {shape}, but {len(found)} elements came")
+    return found
+
+
+def _elements_of(raw: bytes) -> list[bytes]:
     found: list[bytes] = []
     at = 0
     while at < len(raw):
@@ -92,9 +105,18 @@ def _pictures(tensor: dict[str, Any], raw: bytes) -> list[bytes]:
             raise BadRequest(f"element {len(found)} of `picture` is {length} bytes long, more than came")
         found.append(raw[at + 4 : at + 4 + length])
         at += 4 + length
-    if not found or len(found) != shape[0] or shape[1:] not in ([], [1]):
-        raise BadRequest(f"`picture` has the shape {shape}, but {len(found)} elements came")
     return found
+
+
+def _from_base64(data: Any) -> list[bytes]:
+    """Flat ["…", "…"] or as a column [["…"], ["…"]]."""
+    flat = (
+        [one[0] if isinstance(one, list) and len(one) == 1 else one for one in data] if isinstance(data, list) else []
+    )
+    try:
+        return [base64.b64decode(text, validate=True) for text in flat]
+    except (TypeError, ValueError):
+        raise BadRequest("`picture` in JSON needs `data` with each picture's bytes as base64") from None
 
 
 def _pixels(tensor: dict[str, Any], raw: bytes, resolution: int) -> NDArray[np.uint8]:

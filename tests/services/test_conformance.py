@@ -1,6 +1,7 @@
 """Conformance of the Open Inference Protocol v2: Triton's own HTTP client, sync and asyncio, and the OpenAPI description."""
 
 import asyncio
+import base64
 import gc
 import warnings
 from collections.abc import Callable
@@ -113,6 +114,36 @@ def test_encoded_pictures_go_in_as_bytes(call: Call) -> None:
     assert call("infer", "lamps", [tensor]).as_numpy("probabilities").argmax(1).tolist() == [0, 1]
 
 
+def test_encoded_pictures_go_in_as_base64_in_json(lamps: Service) -> None:
+    def ask(*data: Any) -> Any:
+        tensor = {"name": "picture", "shape": [len(data)], "datatype": "BYTES", "data": data}
+        return lamps.http.post("/v2/models/lamps/infer", json={"inputs": [tensor]})
+
+    dark, bright = (base64.b64encode(gray_png(value)).decode() for value in (10, 250))
+    rows = np.array(ask(dark, [bright]).json()["outputs"][0]["data"]).reshape(2, 2)
+    assert rows.argmax(1).tolist() == [0, 1]
+    for wrong in ("no base64!", 7, None):
+        assert "as base64" in ask(wrong).json()["error"]
+
+
+def test_shared_memory_in_a_request_is_told_apart(call: Call) -> None:
+    tensor, _ = pixels_input([10])
+    output = triton.InferRequestedOutput("probabilities")
+    output.set_shared_memory("region", 8)
+    with pytest.raises(InferenceServerException, match="no shared memory"):
+        call("infer", "lamps", [tensor], outputs=[output])
+    tensor.set_shared_memory("region", 768)
+    with pytest.raises(InferenceServerException, match="no shared memory"):
+        call("infer", "lamps", [tensor])
+
+
+def test_the_sync_client_asks_without_waiting(lamps: Service) -> None:
+    tensor, _ = pixels_input([250])
+    with triton.InferenceServerClient(lamps.url.removeprefix("http://")) as client:
+        asked = client.async_infer("lamps", [tensor], priority=1, timeout=1_000_000, request_id="9")
+        assert asked.get_result().as_numpy("probabilities").argmax() == 1
+
+
 def test_a_body_without_json_is_one_picture(lamps: Service) -> None:
     answer = lamps.http.post(
         "/v2/models/lamps/infer", content=gray_png(250), headers={"Inference-Header-Content-Length": "0"}
@@ -173,6 +204,11 @@ def test_the_repository_lists_loads_and_unloads(call: Call) -> None:
         ("get_log_settings", [], "no trace or log settings"),
         ("get_system_shared_memory_status", [], "shared memory"),
         ("get_cuda_shared_memory_status", [], "shared memory"),
+        ("register_system_shared_memory", ["region", "key", 10], "shared memory"),
+        ("unregister_system_shared_memory", ["region"], "shared memory"),
+        ("unregister_cuda_shared_memory", [], "shared memory"),
+        ("update_log_settings", [{"log_info": True}], "no trace or log settings"),
+        ("update_trace_settings", ["lamps", {"trace_level": ["OFF"]}], "no trace or log settings"),
     ],
 )
 def test_what_does_not_apply_is_said_in_the_protocols_form(
