@@ -51,6 +51,13 @@ class Cluster:
         assert status is None or done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
 
+    def helm(self, *arguments: str) -> str:
+        """Runs the kit's helm; what it said. Raises AssertionError with its words where it fails."""
+        command = [str(self.bin / "helm"), *arguments]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
     def get(self, *arguments: str) -> Any:
         """`kubectl get … -o json`, parsed."""
         return json.loads(self.kubectl("get", *arguments, "-o", "json"))

@@ -5,7 +5,6 @@ The load is a number of connections that never pause, so that what is in flight 
 
 import asyncio
 import math
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -102,7 +101,7 @@ def watching(
 def test_the_query_gives_the_replicas_that_the_load_warrants(
     service: Service, objects: chart.Objects, watching: Prometheus
 ) -> None:
-    """Three levels: 3, 11 and 23 requests in flight at 4 a replica are 1, 3 and 6 replicas.
+    """Three levels: 3, 12 and 24 requests in flight at 4 a replica are 1, 3 and 6 replicas.
 
     All are further from fewer replicas than the 10 % that the HPA tolerates.
     """
@@ -114,13 +113,13 @@ def test_the_query_gives_the_replicas_that_the_load_warrants(
         return math.ceil(found[0][1] / target)
 
     with Customers(service.url).asking() as customers:
-        for connections, warranted in ((3, 1), (11, 3), (23, 6)):
+        for connections, warranted in ((3, 1), (12, 3), (24, 6)):
             customers.wanted = connections
             took = watching.wait(query, lambda found, n=warranted: replicas(found) == n, RISES_WITHIN_S + WINDOW_S)
             print(f"{connections} in flight: {warranted} replicas after {took:.1f} s")
             assert warranted == 1 or took <= RISES_WITHIN_S
         queue, _ = asked["queue"]
-        assert watching.ask(queue)[0][1] > 0, "most of 23 requests wait for one worker"
+        assert watching.ask(queue)[0][1] > 0, "most of 24 requests wait for one worker"
         customers.wanted = 0
         fell = watching.wait(query, lambda found: found[0][1] == 0, 3 * WINDOW_S)
         print(f"no load: no replica wanted after {fell:.1f} s")
@@ -145,7 +144,7 @@ def test_keda_and_the_hpa_scale_the_charts_deployment_up_and_down(
             "metrics.rules.enabled=false",
         )  # the operator's types are not in this cluster
         settings = [part for value in values for part in ("--set", value)]
-        helm(cluster, "install", RELEASE, str(chart.CHART), "--namespace", NAMESPACE, *settings)
+        cluster.helm("install", RELEASE, str(chart.CHART), "--namespace", NAMESPACE, *settings)
         name = f"{RELEASE}-inference"
 
         def ready() -> int:
@@ -156,7 +155,7 @@ def test_keda_and_the_hpa_scale_the_charts_deployment_up_and_down(
             return cluster.kubectl("get", "hpa,scaledobject,pods", "--namespace", NAMESPACE)
 
         with Customers(service.url).asking() as customers:
-            for connections, warranted in ((3, 1), (11, 3), (23, 6), (0, 1)):
+            for connections, warranted in ((3, 1), (12, 3), (24, 6), (0, 1)):
                 customers.wanted = connections
                 began = time.monotonic()
                 try:
@@ -164,12 +163,3 @@ def test_keda_and_the_hpa_scale_the_charts_deployment_up_and_down(
                 except AssertionError as error:
                     raise AssertionError(state()) from error
                 print(f"{connections} in flight: {warranted} replicas after {time.monotonic() - began:.0f} s")
-
-
-def helm(cluster: clusters.Cluster, *arguments: str) -> str:
-    """Runs the kit's helm against the cluster; what it said."""
-    done = subprocess.run(
-        [cluster.bin / "helm", *arguments], env=cluster.environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout

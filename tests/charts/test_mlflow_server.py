@@ -1,5 +1,6 @@
 """charts/mlflow: its rendered command started for real, asked by the Service's name; accounts, backups, garbage collection."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 
 from tests.charts import mlflow_server
 from tests.charts.mlflow_server import ADMIN, BUCKET, SERVICE, Server, objects, prepare
+from tests.operations import runbook
 from tests.services.exports import export, gray_png
 from tests.services.running import MLflow, bit_serve
 
@@ -136,7 +138,7 @@ def restore(server: Server, backup: Path) -> None:
     """docs/operations.md, Restore the database."""
     if server.backend.store:
         address = server.backend.secrets["mlflow-database"]["uri"]
-        command = ["pg_restore", "--clean", "--if-exists", "--dbname", address, str(backup)]
-        subprocess.run(command, check=True, capture_output=True)
+        line = runbook.command("pg_restore").replace("mlflow.dump", str(backup))
+        subprocess.run(["sh", "-c", line], check=True, capture_output=True, env=os.environ | {"DATABASE_URL": address})
     else:
         shutil.copy(backup, server.folder / "mlflow.db")

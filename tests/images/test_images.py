@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.conftest import draw_folder
-from tests.images.build import ROOT, alone, base, build, buildah, lacking
+from tests.images.build import COPIED, ROOT, alone, base, build, buildah, lacking, storage
 from tests.images.containers import configuration, container, rootfs
 from tests.services.exports import export, gray_png
 from training.demo.walk import free_port
@@ -76,6 +76,27 @@ def test_an_image_tells_what_it_is_and_runs_as_nobody(target: str, request: pyte
     assert config["User"] == "10001:10001"
     assert config["Labels"]["org.opencontainers.image.revision"] == "test"
     assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
+
+
+def test_a_change_of_the_code_is_small_layers_over_the_same_packages(inference: str, tmp_path: Path) -> None:
+    for name in COPIED:
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    with (tmp_path / "services" / "inference" / "app.py").open("a") as file:
+        file.write("# changed\n")
+    changed = build("inference", tmp_path)
+    new = set(layers(changed)) - set(layers(inference))
+    sizes = [layers(changed)[one] for one in new]
+    print(f"{sum(sizes) / MB:.2f} MB of {sum(layers(changed).values()) / MB:.0f} MB are new")
+    assert 0 < sum(sizes) < 5 * MB
+    buildah("rmi", changed)
+
+
+def layers(image: str) -> dict[str, int]:
+    """Digest of each layer → its bytes, unpacked."""
+    digests = json.loads(buildah("inspect", "--type", "image", image))["OCIv1"]["rootfs"]["diff_ids"]
+    [kept] = Path(storage()[1]).glob("*-layers/layers.json")
+    known = {one["diff-digest"]: one["diff-size"] for one in json.loads(kept.read_text()) if "diff-digest" in one}
+    return {digest: known[digest] for digest in digests}
 
 
 def test_a_golden_request_is_answered_read_only_and_sigterm_ends_the_service(inference: str, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,24 +17,29 @@ import yaml
 
 from benchmarks import load
 from tests import clusters
-from tests.autoscaling import chart
-from tests.autoscaling.test_scaling import helm
 from tests.images import build
+from tests.operations import runbook
 from tests.services.exports import export, gray_png
 from training.demo.walk import free_port
 from training.serve import process, wait_for
 
 pytestmark = pytest.mark.heavy
-NAMESPACE, RELEASE, NAME = "shop", "shop", "shop-inference"
-ASK = load.request("/v1/lamps/classify", gray_png(200))
+NAMESPACE, RELEASE, NAME = "bit", "inference", "inference"  # as the runbook calls them
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[clusters.Cluster]:
-    """A real node that has the image, a volume with one export, and the chart in a namespace under Pod Security restricted."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runbook's commands are typed: the chart, the values, the file of keys."""
+    folder = tmp_path_factory.mktemp("node")
+    (folder / "charts").symlink_to(runbook.ROOT / "charts")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path) -> Iterator[clusters.Cluster]:
+    """A real node that has the image, a volume with one export, and the chart as the runbook installs it."""
     if missing := build.lacking():
         pytest.skip(f"images cannot be built here: no {', '.join(missing)}")
-    folder = tmp_path_factory.mktemp("node")
     image = build.build("inference")
     exports = folder / "exports"
     exports.mkdir(mode=0o755)
@@ -41,26 +48,39 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[clusters.Clust
         archive = build.save(image, folder / "image.tar")
         running.load(archive)
         archive.unlink()
-        running.kubectl("create", "namespace", NAMESPACE)
-        running.kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=restricted")
+        runbook.run("kubectl create namespace bit", running, folder)
         running.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(volume(exports)))
+        new_key(running, folder)
         repository, _, tag = image.rpartition(":")
         values = {
             "image": {"repository": repository, "tag": tag},
             "models": {"path": "/models", "existingClaim": "exports"},
             "tenants": ["lamps"],
+            "keys": {"existingSecret": "inference-tenants"},
             "replicas": 2,
             "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}},
             "shutdown": {"preStopSeconds": 3, "drainSeconds": 2},
             "settings": {"memory_mb": 256},
         }
-        (folder / "values.yaml").write_text(yaml.safe_dump(values))
-        where = ("--namespace", NAMESPACE, "--values", str(folder / "values.yaml"), "--wait", "--timeout", "120s")
+        (folder / "my-values.yaml").write_text(yaml.safe_dump(values))
         try:
-            helm(running, "install", RELEASE, str(chart.CHART), *where)
+            runbook.run("helm install inference", running, folder)
         except AssertionError as error:
             raise AssertionError(told(running)) from error
         yield running
+
+
+def new_key(cluster: clusters.Cluster, folder: Path) -> None:
+    """A key more for the tenant, kept in folder/key, and the Secret with all of them."""
+    program = Path(sys.executable).with_name("bit-serve-key")
+    command = [program, "lamps", "--file", "tenants.json"]
+    said = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+    (folder / "key").write_text(said.split()[-1])
+    runbook.run("kubectl --namespace bit create secret generic inference-tenants", cluster, folder)
+
+
+def key(folder: Path) -> dict[str, str]:
+    return {"authorization": f"Bearer {(folder / 'key').read_text()}"}
 
 
 def volume(folder: Path) -> list[dict[str, object]]:
@@ -98,8 +118,9 @@ def address(cluster: clusters.Cluster) -> str:
 class Asking:
     """Customers with a new connection for each request, while the context lasts; answers: statuses, or what went wrong."""
 
-    def __init__(self, url: str, customers: int = 4) -> None:
+    def __init__(self, url: str, headers: dict[str, str], customers: int = 4) -> None:
         self.url, self.customers = url, customers
+        self.ask = load.request("/v1/lamps/classify", gray_png(200), headers)
         self.answers: list[int | str] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._all()))
@@ -111,7 +132,7 @@ class Asking:
         while not self._stop.is_set():
             try:
                 connection = await load.connect(self.url)
-                self.answers.append((await connection.ask(ASK))[0])
+                self.answers.append((await connection.ask(self.ask))[0])
                 connection.transport.close()
             except OSError as error:
                 self.answers.append(repr(error))
@@ -136,8 +157,8 @@ def pods(cluster: clusters.Cluster) -> set[str]:
     }
 
 
-def test_it_answers_a_classify_request_through_its_service(cluster: clusters.Cluster) -> None:
-    answer = httpx.post(f"{address(cluster)}/v1/lamps/classify", content=gray_png(200), timeout=30)
+def test_it_answers_a_classify_request_through_its_service(cluster: clusters.Cluster, folder: Path) -> None:
+    answer = httpx.post(f"{address(cluster)}/v1/lamps/classify", content=gray_png(200), headers=key(folder), timeout=30)
     assert answer.status_code == 200, answer.text
     assert answer.json()["predictions"][0]["class"] == "bright"
     assert (
@@ -145,8 +166,8 @@ def test_it_answers_a_classify_request_through_its_service(cluster: clusters.Clu
     )
 
 
-def test_the_curl_of_the_notes_works(cluster: clusters.Cluster, tmp_path: Path) -> None:
-    notes = helm(cluster, "get", "notes", RELEASE, "--namespace", NAMESPACE)
+def test_the_curl_of_the_notes_works(cluster: clusters.Cluster, folder: Path, tmp_path: Path) -> None:
+    notes = cluster.helm("get", "notes", RELEASE, "--namespace", NAMESPACE)
     forward, curl = (line.strip() for line in notes.splitlines() if line.startswith("  "))
     port = free_port()  # for 8080, which may be taken on this machine
     cv2.imwrite(str(tmp_path / "picture.jpg"), np.full((20, 20, 3), 250, np.uint8))
@@ -158,35 +179,64 @@ def test_the_curl_of_the_notes_works(cluster: clusters.Cluster, tmp_path: Path) 
     ):
         wait_for(f"http://127.0.0.1:{port}/v2/health/live", 60, tmp_path / "log")
         command = ["sh", "-c", f"{curl.replace(':8080', f':{port}')} --silent --fail"]
-        said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60).stdout
+        said = subprocess.run(
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+            env=os.environ | {"KEY": key(folder)["authorization"][7:]},
+        ).stdout
     assert json.loads(said)["predictions"][0]["class"] == "bright"
 
 
-def test_helm_test_passes(cluster: clusters.Cluster) -> None:
-    said = helm(cluster, "test", RELEASE, "--namespace", NAMESPACE, "--timeout", "120s")
-    assert "Phase:          Succeeded" in said
+def test_helm_test_passes(cluster: clusters.Cluster, folder: Path) -> None:
+    assert "Phase:          Succeeded" in runbook.run("helm test inference", cluster, folder)
 
 
-def test_an_upgrade_under_load_loses_no_request(cluster: clusters.Cluster) -> None:
-    before = pods(cluster)
-    assert len(before) == 2
-    more = ("--reuse-values", "--set", "podLabels.round=second", "--wait", "--timeout", "120s")
-    with Asking(address(cluster)) as asking:
-        helm(cluster, "upgrade", RELEASE, str(chart.CHART), "--namespace", NAMESPACE, *more)
-        clusters.wait_for(lambda: len(pods(cluster)) == 2 and not pods(cluster) & before, 60)
-        clusters.wait_for(lambda: not left(cluster, before), 60)
-    assert len(asking.answers) > 100
-    assert set(asking.answers) == {200}
+def test_what_the_one_on_call_looks_at_first_is_there(cluster: clusters.Cluster, folder: Path) -> None:
+    assert runbook.run("kubectl --namespace bit get pods", cluster, folder).count("Running") == 2
+    assert "Successfully assigned" in runbook.run("kubectl --namespace bit describe pod", cluster, folder)
+    assert "/v1/lamps/classify" in runbook.run("kubectl --namespace bit logs --selector", cluster, folder)
 
 
-def test_a_deleted_pod_loses_no_request_and_is_replaced(cluster: clusters.Cluster) -> None:
+def test_an_upgrade_and_the_way_back_under_load_lose_no_request(cluster: clusters.Cluster, folder: Path) -> None:
+    values = yaml.safe_load((folder / "my-values.yaml").read_text())
+    (folder / "my-values.yaml").write_text(yaml.safe_dump({**values, "podLabels": {"round": "second"}}))
+    for start in ("helm upgrade inference", "helm rollback inference --namespace bit"):
+        before = pods(cluster)
+        assert len(before) == 2
+        with Asking(address(cluster), key(folder)) as asking:
+            runbook.run(start, cluster, folder)
+            clusters.wait_for(lambda before=before: len(pods(cluster)) == 2 and not left(cluster, before), 60)
+        assert len(asking.answers) > 100
+        assert set(asking.answers) == {200}, start
+
+
+def test_a_deleted_pod_loses_no_request_and_is_replaced(cluster: clusters.Cluster, folder: Path) -> None:
     before = pods(cluster)
     victim = min(before)
-    with Asking(address(cluster)) as asking:
+    with Asking(address(cluster), key(folder)) as asking:
         cluster.kubectl("delete", "pod", victim, "--namespace", NAMESPACE)  # returns when it has ended
         clusters.wait_for(lambda: len(pods(cluster)) == 2 and victim not in pods(cluster), 60)
     assert len(asking.answers) > 100
     assert set(asking.answers) == {200}
+
+
+def test_a_new_key_opens_without_a_restart_and_the_old_one_goes_on(cluster: clusters.Cluster, folder: Path) -> None:
+    def status(headers: dict[str, str]) -> int:
+        url = f"{address(cluster)}/v1/lamps/classify"
+        return httpx.post(url, content=gray_png(200), headers=headers, timeout=30).status_code
+
+    old, before = key(folder), pods(cluster)
+    new_key(cluster, folder)
+    clusters.wait_for(
+        lambda: {status(key(folder)) for _ in range(8)} == {200}, 180, every_s=2
+    )  # the kubelet takes its time
+    assert status(old) == 200
+    assert status({}) == 401
+    assert pods(cluster) == before
 
 
 def left(cluster: clusters.Cluster, names: set[str]) -> set[str]:

@@ -11,13 +11,8 @@ import pytest
 from services.inference.metrics import Metrics
 from services.inference.settings import Settings
 from services.inference.tenants import Quota
+from tests.operations.runbook import INLINE, LINES, ROOT, TEXT, WHERE, operating
 from tests.test_docs import commands
-
-ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "docs/operations.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
-INLINE = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL))
-LINES = [line for block in BLOCKS for line in block.splitlines()] + INLINE
 
 
 @pytest.mark.parametrize(
@@ -25,6 +20,16 @@ LINES = [line for block in BLOCKS for line in block.splitlines()] + INLINE
 )
 def test_it_has_the_section(title: str) -> None:
     assert f"\n## {title}\n" in TEXT
+
+
+def test_every_command_is_run_by_a_test_or_named_as_run_by_nobody() -> None:
+    longest = {
+        line: max((start for start in WHERE if line.startswith(start)), key=len, default="") for line in operating()
+    }
+    assert [line for line, start in longest.items() if not start] == []
+    assert set(longest.values()) == set(WHERE), "one that the runbook no longer has"
+    for start, place in WHERE.items():
+        assert place.startswith("nobody: ") or f'"{start}"' in (ROOT / "tests" / place).read_text(), start
 
 
 def test_every_bit_command_exists() -> None:
