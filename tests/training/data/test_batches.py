@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data import augment
+from training.data import area, augment
 from training.data.batches import Stream, eval_batches
 from training.data.shards import Dataset
 from training.engine.loss import crop_and_flip
@@ -18,16 +18,20 @@ def stream(dataset: Dataset, **changes: object) -> Stream:
     return Stream(dataset.split("train"), **(VIEW | changes))  # type: ignore[arg-type]
 
 
+# Decoded once and kept; decoded as they come; cropped by area out of the whole picture, as upstream recipes do.
+WAYS = pytest.mark.parametrize("way", [{"cache_bytes": 2**30}, {"cache_bytes": 0}, {"by_area": True}], ids=str)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("num_micro", [1, 2])
-@pytest.mark.parametrize("cache_bytes", [2**30, 0])
+@WAYS
 def test_ranks_and_micro_batches_see_the_same_stream(
-    dataset: Dataset, world_size: int, num_micro: int, cache_bytes: int
+    dataset: Dataset, world_size: int, num_micro: int, way: dict[str, object]
 ) -> None:
-    whole = stream(dataset, cache_bytes=cache_bytes)
+    whole = stream(dataset, **way)
     for step in (0, 2, 7):
         parts = [
-            stream(dataset, cache_bytes=cache_bytes, rank=rank, world_size=world_size).batch(step, micro, num_micro)
+            stream(dataset, rank=rank, world_size=world_size, **way).batch(step, micro, num_micro)
             for rank in range(world_size)
             for micro in range(num_micro)
         ]
@@ -46,11 +50,30 @@ def test_the_device_crops_and_flips_to_the_same_bytes(dataset: Dataset) -> None:
         np.testing.assert_array_equal(device.targets, host.targets)
 
 
-def test_a_resumed_stream_continues_where_it_stopped(dataset: Dataset) -> None:
-    straight = list(stream(dataset).prefetch(0, 9))
-    resumed = list(stream(dataset).prefetch(5, 9))
-    for a, b in zip(straight[5:], resumed, strict=True):
+@WAYS
+def test_a_resumed_stream_continues_where_it_stopped(dataset: Dataset, way: dict[str, object]) -> None:
+    straight = list(stream(dataset, **way).prefetch(0, 9, 2))
+    resumed = list(stream(dataset, **way).prefetch(5, 9, 2))
+    assert len(resumed) == 8
+    for a, b in zip(straight[10:], resumed, strict=True):
         np.testing.assert_array_equal(a.images, b.images)
+
+
+def test_crops_by_area_are_drawn_anew_at_every_step_and_flipped_as_drawn(dataset: Dataset) -> None:
+    made, split = stream(dataset, by_area=True), dataset.split("train")
+    for step in (0, 3):
+        batch = made.batch(step)
+        boxes = area.draw(np.random.default_rng((3, step, 0xA4EA)), 16)
+        flips = 0
+        for row, (image, index) in enumerate(zip(batch.images, batch.indices, strict=True)):
+            expected = area.crop(split.read(int(index)), boxes, row, 16)
+            flipped = np.array_equal(image, expected[:, ::-1])
+            assert flipped or np.array_equal(image, expected)
+            flips += flipped
+        assert 0 < flips < 16
+    unflipped = stream(dataset, by_area=True, flips=False).batch(0)
+    boxes = area.draw(np.random.default_rng((3, 0, 0xA4EA)), 16)
+    assert np.array_equal(unflipped.images[5], area.crop(split.read(int(unflipped.indices[5])), boxes, 5, 16))
 
 
 @settings(max_examples=20, deadline=None)

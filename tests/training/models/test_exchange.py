@@ -1,8 +1,10 @@
 """`bit weights`: what comes in goes out again, array by array, under the same keys."""
 
 import hashlib
+import importlib.util
 import os
 import re
+import ssl
 import subprocess
 import sys
 import threading
@@ -11,9 +13,11 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from torch import nn
 
 from tests.training.models.test_npz import network
@@ -113,6 +117,68 @@ def test_the_command_fetches_over_http_and_prints_or_checks_the_sha256(server: s
     for source in (f"{server}/none.npz", str(tmp_path / "none.npz"), "nosuch://a/b.npz"):
         with pytest.raises(WeightsError, match="cannot be fetched"):
             exchange.fetch(source, tmp_path / "f.npz")
+
+
+@pytest.fixture
+def tls(server: str, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The same files over https: (address, certificate that signs for it)."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path))) as httpd:
+        httpd.socket = context.wrap_socket(httpd.socket, server_side=True)
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"https://127.0.0.1:{httpd.server_port}", certificate
+        httpd.shutdown()
+        thread.join()
+
+
+def test_https_is_fetched_where_its_certificate_is_trusted(tls: tuple[str, Path], tmp_path: Path) -> None:
+    address, certificate = tls
+    npz.save(network(), tmp_path / "w.npz")
+    command = [sys.executable, "-m", "training", "weights", "import", f"{address}/w.npz", "--arch", "R14x0.5"]
+    command += ["--out", str(tmp_path / "out.npz")]
+    trusting = os.environ | {"SSL_CERT_FILE": str(certificate)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=trusting)
+    assert done.returncode == 0, done.stderr
+    assert same(arrays(tmp_path / "w.npz"), arrays(tmp_path / "out.npz"))
+    (tmp_path / "out.npz").unlink()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "cannot be fetched" in done.stderr
+    assert "certificate" in done.stderr
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_s3_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    npz.save(network(), tmp_path / "w.npz")
+    s3 = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    s3.start()
+    try:
+        host, port = s3.get_host_and_port()
+        for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        bucket = boto3.client("s3")
+        bucket.create_bucket(Bucket="weights")
+        bucket.upload_file(str(tmp_path / "w.npz"), "weights", "bit/w.npz")
+        digest = exchange.fetch("s3://weights/bit/w.npz", tmp_path / "fetched.npz")
+        assert digest == hashlib.sha256((tmp_path / "w.npz").read_bytes()).hexdigest()
+        with pytest.raises(WeightsError, match=r"s3://weights/bit/none.npz' cannot be fetched"):
+            exchange.fetch("s3://weights/bit/none.npz", tmp_path / "none.npz")
+    finally:
+        s3.stop()
+
+
+def test_a_store_whose_package_is_missing_says_which(tmp_path: Path) -> None:
+    if importlib.util.find_spec("gcsfs"):
+        pytest.fail("gcsfs is installed: fetch from a server here")
+    with pytest.raises(WeightsError, match=r"gs://bucket/w.npz' cannot be fetched: .*gcsfs"):
+        exchange.fetch("gs://bucket/w.npz", tmp_path / "w.npz")
 
 
 # (21,843 classes, 1,000 classes, body), (GMAC at 128, 224, 480): counted from the authors' files and timm's networks.
