@@ -39,7 +39,7 @@ from services.inference.models import Cold, Models, Served
 from services.inference.pages import pages
 from services.inference.registry import FolderRegistry, MLflowRegistry, RegistryDown
 from services.inference.scheduler import Scheduler, Work
-from services.inference.settings import Settings
+from services.inference.settings import MiB, Settings
 from services.inference.tally import Tally
 from services.inference.tenants import Tenants
 
@@ -60,8 +60,8 @@ class App:
         self.settings, self.metrics, self.in_flight = settings, Metrics(), 0
         self.metrics.in_flight.set_function(lambda: self.in_flight)
         self.tally = Tally(self.metrics, AccessLog() if settings.access_log else None)
-        self.models = Models(settings.memory_mb * 2**20, settings.pinned)
-        self.tenants = Tenants(settings.tenants)
+        self.models = Models(settings.memory_mb * MiB, settings.pinned)
+        self.tenants, self.room = Tenants(settings.tenants), bodies.Room(settings.max_bodies_mb * MiB)
         registry = (
             FolderRegistry(settings.models)
             if settings.models
@@ -149,12 +149,20 @@ class App:
         self.scheduler.check(exchange.tenant)
         with self.tenants.admit(exchange.tenant, size) as quota:
             exchange.quota = quota
-            body = await bodies.read(receive, headers, limit)
-            if exchange.action == "infer":
-                return await self._infer(exchange, body)
-            pictures, names = bodies.pictures(body, headers, self.settings.max_pictures)
-            answer = self._classify if exchange.action == "classify" else self._features
-            return await answer(exchange, pictures, names)
+            body = await bodies.read(receive, headers, limit, self.room)
+            try:
+                if not size:
+                    self.tenants.charge(exchange.tenant, len(body))
+                return await self._reply(exchange, body)
+            finally:
+                self.room.give_back(len(body))
+
+    async def _reply(self, exchange: Exchange, body: bytes) -> tuple[bytes, Headers]:
+        if exchange.action == "infer":
+            return await self._infer(exchange, body)
+        pictures, names = bodies.pictures(body, exchange.headers, self.settings.max_pictures)
+        answer = self._classify if exchange.action == "classify" else self._features
+        return await answer(exchange, pictures, names)
 
     async def _find(self, exchange: Exchange) -> tuple[Served, str]:
         """The version asked for, loaded first where it isn't in memory. Raises NotFound, Unavailable, DeadlineExceeded."""

@@ -8,7 +8,7 @@ from typing import Any
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import File, create_form_parser
 
-from services.inference.errors import BadRequest, RequestTimeout, TooLarge, UnsupportedMedia
+from services.inference.errors import BadRequest, RequestTimeout, TooLarge, Unavailable, UnsupportedMedia
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 CLOSE = (b"connection", b"close")  # what the client still sends is not worth reading
@@ -29,31 +29,58 @@ def announced(headers: dict[bytes, bytes], limit: int) -> int:
     return size
 
 
-async def read(receive: Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
-    """The whole body, decompressed; connections.py limits its time. Raises TooLarge, RequestTimeout, BadRequest."""
-    try:
-        body = await _read(receive, limit)
-    except TimeoutError:
-        raise RequestTimeout("the body did not come in time", CLOSE) from None
+class Room:
+    """Memory for the bodies of all requests that are read or answered at once: many slow clients cannot fill the machine's."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes, self.taken_bytes = limit_bytes, 0
+
+    def take(self, size_bytes: int) -> None:
+        """Raises Unavailable where there isn't so much left."""
+        if self.taken_bytes + size_bytes > self.limit_bytes:
+            raise Unavailable(f"the bodies of other requests fill {self.limit_bytes:,} bytes; try again", 1.0, CLOSE)
+        self.taken_bytes += size_bytes
+
+    def give_back(self, size_bytes: int) -> None:
+        self.taken_bytes -= size_bytes
+
+
+async def read(receive: Receive, headers: dict[bytes, bytes], limit: int, room: Room) -> bytes:
+    """The whole body, decompressed, for which the caller gives its room back; connections.py limits its time.
+
+    Raises TooLarge, RequestTimeout, Unavailable, BadRequest.
+    """
+    body = await _read(receive, limit, room)
     coding = headers.get(b"content-encoding", b"identity").strip().lower()
     if coding not in WINDOW or not body:
         return body
-    return await asyncio.to_thread(decompress, body, WINDOW[coding], limit)
+    try:
+        data = await asyncio.to_thread(decompress, body, WINDOW[coding], limit)
+    finally:
+        room.give_back(len(body))
+    room.take(len(data))
+    return data
 
 
-async def _read(receive: Receive, limit: int) -> bytes:
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise BadRequest("the client went away before its request was complete")
-        part = message.get("body", b"")
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        parts.append(part)
-        if not message.get("more_body"):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+async def _read(receive: Receive, limit: int, room: Room) -> bytes:
+    parts, size, more = [], 0, True
+    try:
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise BadRequest("the client went away before its request was complete")
+            part, more = message.get("body", b""), bool(message.get("more_body"))
+            if size + len(part) > limit:
+                raise _too_large(limit)
+            room.take(len(part))
+            size += len(part)
+            parts.append(part)
+    except BaseException as error:
+        room.give_back(size)
+        if isinstance(error, TimeoutError):
+            raise RequestTimeout("the body did not come in time", CLOSE) from None
+        raise
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def decompress(body: bytes, wbits: int, limit: int) -> bytes:

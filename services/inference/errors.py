@@ -71,8 +71,8 @@ class UnsupportedMedia(ServiceError):
 class _Later(ServiceError):
     """after_s: seconds until another try makes sense; told in whole seconds, RFC 9110 section 10.2.3."""
 
-    def __init__(self, message: str, after_s: float = 1.0) -> None:
-        super().__init__(message, (b"retry-after", str(max(1, math.ceil(after_s))).encode()))
+    def __init__(self, message: str, after_s: float = 1.0, *headers: tuple[bytes, bytes]) -> None:
+        super().__init__(message, (b"retry-after", str(max(1, math.ceil(after_s))).encode()), *headers)
 
 
 class TooManyRequests(_Later):

@@ -260,7 +260,7 @@ def pages(
 
 async def _json(request: Request) -> dict[str, Any]:
     """The request's small JSON object; an empty body is an empty one."""
-    body = await bodies.read(request.receive, dict(request.scope["headers"]), SMALL_BODY)
+    body = await bodies.read(request.receive, dict(request.scope["headers"]), SMALL_BODY, bodies.Room(2 * SMALL_BODY))
     try:
         told = orjson.loads(body) if body else {}
     except orjson.JSONDecodeError as error:

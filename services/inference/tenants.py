@@ -155,6 +155,12 @@ class Tenants:
         finally:
             gate.running -= 1
 
+    def charge(self, tenant: str, size_bytes: int) -> None:
+        """Counts a body whose length no header told (chunked): its debt delays those after it."""
+        gate = self._gates.get(tenant)
+        if gate is not None and gate.bytes is not None:
+            gate.bytes.level -= size_bytes
+
 
 def main() -> None:
     """bit-serve-key TENANT --file tenants.json: adds a new key's hash to the file and prints the key, once."""

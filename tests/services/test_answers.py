@@ -2,6 +2,7 @@
 
 import base64
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -127,3 +128,26 @@ def test_pictures_that_take_too_long_to_decode_are_413(tmp_path: Path) -> None:
         answer = service.http.post("/v1/lamps/classify", files=form(10, 250))
         assert answer.status_code == 413
         assert "1 of 2 pictures took the time of all to decode" in answer.json()["error"]
+
+
+def test_bodies_that_are_still_coming_have_a_bound_together(tmp_path: Path) -> None:
+    """Two clients hold most of the room for bodies; a third is told to come again, and is answered once they are gone."""
+    store = Folder(tmp_path)
+    store.publish("lamps", export())
+    with bit_serve(store, tmp_path, "--max_bodies_mb", "1") as service:
+        address = "127.0.0.1", int(service.url.rsplit(":", 1)[1])
+        head = b"POST /v1/lamps/classify HTTP/1.1\r\nhost: x\r\ncontent-length: 900000\r\n\r\n"
+        slow = [socket.create_connection(address, timeout=30) for _ in range(2)]
+        for connection in slow:
+            connection.sendall(head + b"x" * 450_000)
+        picture = gray_png(10) + bytes(200_000)  # a decoder reads no further than the picture's end
+        end = time.monotonic() + 20
+        while (answer := service.classify("lamps", picture)).status_code != 503:  # until what was sent has come
+            assert time.monotonic() < end
+        assert "bodies of other requests fill 1,048,576 bytes" in answer.json()["error"]
+        assert answer.headers["retry-after"] == "1"
+        for connection in slow:
+            connection.close()
+        while service.classify("lamps", picture).status_code != 200:
+            assert time.monotonic() < end
+            time.sleep(0.05)

@@ -96,6 +96,18 @@ def test_over_its_rate_a_tenant_is_told_when_to_come_again(guarded: Guarded) -> 
     assert guarded.ask("lamps", guarded.keys["lamps"]).status_code == 200  # the others notice nothing
 
 
+def test_a_body_whose_length_nobody_told_counts_as_well(guarded: Guarded) -> None:
+    def chunked() -> httpx.Response:
+        key = {"x-api-key": guarded.keys["*"]}
+        return guarded.http.post("/v1/slow/classify", content=iter([gray_png(10), bytes(200_000)]), headers=key)
+
+    wait_until(lambda: chunked().status_code == 200, 20)
+    time.sleep(1.1)  # the requests' own bucket is full again; that of the bytes is for minutes to come not
+    refused = chunked()
+    assert refused.status_code == 429
+    assert "1000 bytes per second" in refused.json()["error"]
+
+
 def test_a_refusal_does_not_wait_for_the_body(guarded: Guarded) -> None:
     host, port = guarded.url.removeprefix("http://").split(":")
     for headers, status in ((b"", b"401"), (b"x-api-key: " + guarded.keys["*"].encode() + b"\r\n", b"413")):
