@@ -58,7 +58,7 @@ bench-swaps: .venv/.stamp-dev
 test-images: .venv/.stamp-dev
 	pytest -m heavy tests/images
 
-# The chart on a real node, from the project's own image: as test-images, and ../shared/k8s, containerd, CNI plugins and nftables.
+# The chart on a real node, from the project's own image: as test-images, and the kit that tests/clusters.py names, containerd, CNI plugins and nftables.
 test-node: .venv/.stamp-dev
 	pytest -m heavy tests/operations
 
@@ -70,10 +70,11 @@ test-charts: .venv/.stamp-dev
 lock:
 	docker/lock
 
-# Jobs on a real control plane, pods' own commands as processes; needs ../shared/k8s or BIT_K8S_KIT.
+# Jobs on a real control plane, pods' own commands as processes; needs the kit that tests/clusters.py names.
 test-cluster: .venv/.stamp-dev
 	pytest -m heavy tests/cluster
-# Real Prometheus, KEDA and HPA act on the load of a real service: needs ../shared/k8s, Debian's prometheus and both cores.
+
+# Real Prometheus, KEDA and HPA act on the load of a real service: needs the kit that tests/clusters.py names, Debian's prometheus and both cores.
 test-autoscaling: .venv/.stamp-dev
 	pytest -m heavy tests/autoscaling
 
@@ -105,5 +106,5 @@ bench-autoscaling: .venv/.stamp-dev
 	python -m benchmarks.autoscaling
 
 clean:
-	rm -rf runs .mlflow .checkpoints .fetched .serve data/upstream tenants/*/pictures dvc.lock tenants/*/dvc.lock \
+	rm -rf runs .mlflow .checkpoints .outbox .fetched .serve data/upstream tenants/*/pictures dvc.lock tenants/*/dvc.lock \
 		.dvc/cache/runs  # else DVC would restore receipts of versions that the new MLflow has never seen

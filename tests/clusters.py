@@ -1,7 +1,8 @@
 """Real Kubernetes control planes for the tests: API server, controllers, training operator, simulated nodes and a real one.
 
-The kit lies beside the project (../shared/k8s) or where BIT_K8S_KIT says. Without it the tests that need a cluster are
-skipped; what the kit can do stands in its README.
+They come from a kit: the programs of a control plane (kube-apiserver, etcd, controllers, the training operator, kwok, helm) and
+`cluster up|down`, which starts them as processes of this machine. It lies where BIT_K8S_KIT says; without it the tests that
+need a cluster are skipped.
 """
 
 import json

@@ -5,7 +5,7 @@ UserError
 ├── SourceError       data/sources   pictures and tables that cannot be packed
 ├── PackError         pack.py        a dataset that was refused
 ├── DatasetError      data/shards    shards that are missing or damaged
-├── RemoteError      data/remote   a file of the DVC remote that its hash does not fit
+├── RemoteError       data/remote    a file of the DVC remote that its hash does not fit
 ├── ArchError         models/zoo     an architecture that the table lacks
 ├── WeightsError      models/npz     a weights file that does not fit
 ├── CheckpointError   engine         a checkpoint of another training
@@ -14,8 +14,8 @@ UserError
 ├── DivergedError     engine         the loss is no longer finite
 ├── TrackingError     tracking.py    MLflow does not answer when its answer is needed
 ├── ParityError       export.py      ONNX Runtime and torch disagree
-├── ManifestError    cluster       a file in k8s/ that the cluster would refuse or misunderstand
-├── ClusterError     cluster       the cluster cannot be reached, refuses, or a job failed
+├── ManifestError     cluster        a file in k8s/ that the cluster would refuse or misunderstand
+├── ClusterError      cluster        the cluster cannot be reached, refuses, or a job failed
 └── GateError         promote.py     a challenger that a gate holds back
 
 Messages name the value, the choices and what to do next.

@@ -2,7 +2,7 @@
 
     bit pretrain --set pretrain.steps=3000        (torchrun --nproc-per-node 4 -m training pretrain on several devices)
 
-With `upstream.weights` set, published weights are adopted instead of training. On the demo data (118 classes, R14x0.5, 3,000
+With `upstream.weights` set, published weights are adopted instead of training. On the demo data (124 classes, R14x0.5, 3,000
 steps) this takes about 2.5 minutes on 2 cores.
 """
 

@@ -1,4 +1,4 @@
-"""Commands about registered models and architectures."""
+"""Commands about registered models."""
 
 from pathlib import Path
 from typing import Annotated

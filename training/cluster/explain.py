@@ -9,7 +9,7 @@ KILLED = "Signal 9 (SIGKILL) received"  # torchrun, of a rank that the kernel ki
 
 
 def condition(job: Object) -> str:
-    """The state of a job: Succeeded, Failed, Suspended, Running, Restarting, Created, or "" where none is told yet."""
+    """The state of a job: Succeeded, Failed, Suspended, Running, Restarting or Created."""
     told = {row["type"] for row in job.get("status", {}).get("conditions", []) if row["status"] == "True"}
     return next(
         (state for state in ("Succeeded", "Failed", "Suspended", "Restarting", "Running") if state in told), "Created"

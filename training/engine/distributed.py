@@ -1,4 +1,4 @@
-"""Which process this is among how many, and on what device. The one reader of torchrun's environment variables."""
+"""Which process this is among how many, and on what device. Read from torchrun's environment variables."""
 
 import contextlib
 import copy
