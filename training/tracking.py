@@ -1,4 +1,7 @@
-"""MLflow, for all of training: runs, metrics, artifacts, registered versions, aliases. The one importer of mlflow (promote.py and history.py name its types)."""
+"""MLflow, for all of training: runs, metrics, artifacts, registered versions, aliases. The one importer of mlflow.
+
+promote.py and history.py name its types.
+"""
 
 import hashlib
 import logging
