@@ -169,6 +169,7 @@ def prepare(backend: Backend, folder: Path, **values: Any) -> Server:
     port = free_port()
     chart = render(
         "mlflow", service__port=port, serviceUser__existingSecret="bit-serve-mlflow", workers=1,
-        gc={"enabled": True, "olderThan": "0s", "schedule": "41 3 * * 0"}, backup__keep=2, **backend.values, **values,
+        gc={"enabled": True, "olderThan": "0s", "schedule": "41 3 * * 0"}, backup__keep=2,
+        allowedHosts=["mlflow.example.test"], corsOrigins=["https://mlflow.example.test"], **backend.values, **values,
     )  # fmt: skip
     return Server(f"http://127.0.0.1:{port}", f"bit-mlflow.bit.svc:{port}", folder, chart, backend)

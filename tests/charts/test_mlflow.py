@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from tests.charts.helm import CHARTS, helm, pod_of, render
+from tests.charts.helm import CHARTS, environment, helm, pod_of, render
 
 
 def test_two_servers_never_share_sqlite() -> None:
@@ -14,12 +14,25 @@ def test_two_servers_never_share_sqlite() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["artifacts.destination=/tmp", "auth.existingSecret=", "corsOrigin=x", "backup.keep=0"]
+    "wrong",
+    ["database.url=mysql://db", "artifacts.destination=/tmp", "auth.existingSecret=", "corsOrigin=x", "backup.keep=0"],
 )
 def test_a_wrong_value_is_refused_and_named(wrong: str) -> None:
     done = helm("template", "bit", CHARTS / "mlflow", "--set", wrong)
     assert done.returncode != 0
     assert wrong.split("=")[0].split(".")[-1] in done.stderr
+
+
+def test_postgres_comes_by_url_or_from_a_secret_never_both() -> None:
+    url = "postgresql://mlflow@db.example.test/mlflow"
+    for job in ("Deployment", "CronJob/bit-mlflow-backup", "CronJob/bit-mlflow-gc"):
+        given = environment(pod_of(render("mlflow", database__url=url, gc__enabled=True)[job]))
+        assert given["MLFLOW_BACKEND_STORE_URI"] == url
+    assert render("mlflow", database__url=url, replicas=2)["Deployment"]["spec"]["replicas"] == 2
+    both = ["--set", f"database.url={url}", "--set", "database.existingSecret=mlflow-database"]
+    done = helm("template", "bit", CHARTS / "mlflow", *both)
+    assert done.returncode != 0
+    assert "database" in done.stderr
 
 
 def test_accounts_are_needed_and_a_server_that_needs_no_volume_mounts_none() -> None:

@@ -47,7 +47,21 @@ def test_the_services_name_is_a_host_and_another_is_not(server: Server) -> None:
 
     assert asked(server.host) == 200
     assert asked(server.host, None) == 401
+    assert asked("mlflow.example.test") == 200
     assert asked("evil.example.test") == 403
+
+
+def test_a_browsers_page_may_call_it_from_the_named_origin_alone(server: Server) -> None:
+    def changed(origin: str) -> int:
+        headers = {"Host": server.host, "Origin": origin}
+        body = {"name": origin.partition("//")[2]}
+        url = f"{server.url}/api/2.0/mlflow/registered-models/create"
+        status = httpx.post(url, headers=headers, auth=ADMIN, timeout=60, json=body).status_code
+        httpx.request("DELETE", url.replace("create", "delete"), auth=ADMIN, timeout=60, json=body)
+        return status
+
+    assert changed("https://mlflow.example.test") == 200
+    assert changed("https://evil.example.test") == 403
 
 
 def test_it_is_ready_and_without_host_account_or_database_it_would_not_be(server: Server, tmp_path: Path) -> None:
@@ -141,4 +155,5 @@ def restore(server: Server, backup: Path) -> None:
         line = runbook.command("pg_restore").replace("mlflow.dump", str(backup))
         subprocess.run(["sh", "-c", line], check=True, capture_output=True, env=os.environ | {"DATABASE_URL": address})
     else:
-        shutil.copy(backup, server.folder / "mlflow.db")
+        for name in ("mlflow", "accounts"):
+            shutil.copy(sorted((server.folder / "backups" / name).iterdir())[-1], server.folder / f"{name}.db")

@@ -46,29 +46,32 @@ securityContext:
 resources: {{- toYaml .Values.resources | nindent 2 }}
 {{- end -}}
 
-{{- /* Where the database is: from the Secret, or SQLite on the volume. */ -}}
+{{- /* Postgres' address as the rest of an environment variable; empty: SQLite. */ -}}
+{{- define "mlflow.postgres" -}}
+{{- with .Values.database }}
+{{- if .existingSecret -}}
+valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: uri}}
+{{- else if .url -}}
+value: {{ .url | quote }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- /* Where the database is: Postgres, or SQLite on the volume. */ -}}
 {{- define "mlflow.database" -}}
 - name: MLFLOW_BACKEND_STORE_URI
-  {{- if .Values.database.existingSecret }}
-  valueFrom: {secretKeyRef: {name: {{ .Values.database.existingSecret }}, key: uri}}
-  {{- else }}
-  value: sqlite:////data/mlflow.db
-  {{- end }}
+  {{- include "mlflow.postgres" . | default "value: sqlite:////data/mlflow.db" | nindent 2 }}
 {{- end -}}
 
 {{- /* Where accounts are: beside the rest in Postgres, or in a file of their own. */ -}}
 {{- define "mlflow.accounts" -}}
 - name: ACCOUNTS_URI
-  {{- if .Values.database.existingSecret }}
-  valueFrom: {secretKeyRef: {name: {{ .Values.database.existingSecret }}, key: uri}}
-  {{- else }}
-  value: sqlite:////data/accounts.db
-  {{- end }}
+  {{- include "mlflow.postgres" . | default "value: sqlite:////data/accounts.db" | nindent 2 }}
 {{- end -}}
 
 {{- /* Whether the server itself needs the volume; any text is yes. */ -}}
 {{- define "mlflow.local" -}}
-{{- if or (eq .Values.database.existingSecret "") (not (contains "://" .Values.artifacts.destination)) -}}yes{{- end -}}
+{{- if or (eq (include "mlflow.postgres" .) "") (not (contains "://" .Values.artifacts.destination)) -}}yes{{- end -}}
 {{- end -}}
 
 {{- define "mlflow.hosts" -}}
