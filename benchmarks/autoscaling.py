@@ -175,13 +175,15 @@ ALTERNATIVES = {
 }
 
 
+SHOWN = ("default", "in flight 8 each", "queue alone")
+
+
 def draw(traces: dict[tuple[str, str], Trace], path: Path) -> None:
-    """Load, instances and latency over time, one column per traffic, for the default and three alternatives."""
+    """Load, instances, latency and cost over time, one column per traffic, for the default and two alternatives."""
     mpl.use("Agg")
-    shown, traffics = ("default", "in flight 8 each", "queue alone"), ("daily", "bursty")
-    figure, axes = plt.subplots(3, 2, figsize=(12, 8), sharex="col", constrained_layout=True)
-    for column, traffic in enumerate(traffics):
-        for name in shown:
+    figure, axes = plt.subplots(4, 2, figsize=(12, 10), sharex="col", constrained_layout=True)
+    for column, traffic in enumerate(("daily", "bursty")):
+        for name in SHOWN:
             trace = traces[traffic, name]
             every = round((300 if traffic == "daily" else 30) / STEP_S)
             length = len(trace.rate) // every * every
@@ -190,12 +192,14 @@ def draw(traces: dict[tuple[str, str], Trace], path: Path) -> None:
             mean = (trace.latency_s[:length].reshape(-1, every) * answered).sum(1) / answered.sum(1)
             axes[1, column].step(hours, trace.replicas[:length:every], label=name)
             axes[2, column].plot(hours, 1000 * mean, label=name)
+            axes[3, column].plot(hours, np.cumsum(trace.replicas)[:length:every] * STEP_S / 3600, label=name)
         axes[0, column].plot(hours, trace.rate[:length:every], color="black")
         axes[0, column].set_title(f"{traffic}: requests per second")
         axes[1, column].set_title("instances")
         axes[2, column].set_title("latency, mean in ms")
         axes[2, column].set_yscale("log")
-        axes[2, column].set_xlabel("hours")
+        axes[3, column].set_title("cost so far, instance hours")
+        axes[3, column].set_xlabel("hours")
         axes[1, column].legend(loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
