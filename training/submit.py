@@ -26,6 +26,7 @@ from training.data import remote
 from training.hyperrule import HyperRule
 
 DETACHED = 130  # 128 + SIGINT
+OVER = ("Succeeded", "Failed", "Removed")
 
 
 def main(config: Config, stage: str, tenant: str | None = None, *, follow: bool = True, retry: bool = False) -> None:
@@ -68,17 +69,20 @@ def attach(config: Config, jobs: Jobs, name: str, stage: str, tenant: str | None
         say(f"\ndetached; {name} goes on. Come back with: bit attach {name}")
         raise SystemExit(DETACHED) from None
     if explain.condition(job) == "Failed":
-        raise ClusterError(f"{name} failed: {why(config, followed.ends, job, stage, tenant)}")
+        again = " ".join(("bit submit", stage, *([tenant] if tenant else []), "--retry"))
+        raise ClusterError(f"{name} failed: {why(config, followed.ends, job, stage)}\nMend it, then: {again}")
+    if explain.condition(job) == "Removed":
+        raise ClusterError(f"{name} was removed: {why(config, [], job, stage)}")
     results.collect(config, followed.pods, job, stage, tenant)
     say(f"{name}: succeeded; receipt in {receipt.folder(stage, tenant)}")
 
 
-def why(config: Config, ends: list[Object], job: Object, stage: str, tenant: str | None) -> str:
-    """Why a job failed, and the command for the next try."""
+def why(config: Config, ends: list[Object], job: Object, stage: str) -> str:
+    """Why a job failed. ends: how its containers ended, where they are known."""
+    if explain.condition(job) == "Removed":
+        return "somebody cancelled it, or submitted it anew; the same command goes on from its checkpoints, or joins it"
     url = f"{config.cluster.store}/{job['metadata']['name']}/{pod.WORDS}"
-    told = explain.failed(ends, remote.text(url), job, stage, _examples_at_once(config, stage))
-    again = " ".join(("bit submit", stage, *([tenant] if tenant else []), "--retry"))
-    return f"{told}\nMend it, then: {again}"
+    return explain.failed(ends, remote.text(url), job, stage, _examples_at_once(config, stage))
 
 
 def _examples_at_once(config: Config, stage: str) -> int | None:
@@ -103,6 +107,7 @@ class Followed:
     seen: dict[str, set[str]] = field(default_factory=dict)  # pod's name → uids that it had
     said: str = ""
     tail: threading.Thread | None = None
+    printed: str = ""  # time of the last line of the log
 
     def to_the_end(self) -> Object:
         job: Object = {}
@@ -111,7 +116,7 @@ class Followed:
             if not job:
                 continue
             state = explain.condition(job)
-            over = state in ("Succeeded", "Failed")
+            over = state in OVER
             try:
                 self._look(job, state, over)
             except ClusterError:
@@ -139,17 +144,18 @@ class Followed:
             self.said = now
             say(f"{self.name}: {now}")
         if running and (self.tail is None or not self.tail.is_alive()):
-            self.tail = threading.Thread(target=_print_logs, args=(self.jobs, f"{self.name}-worker-0"), daemon=True)
+            self.tail = threading.Thread(target=self._print_logs, daemon=True)
             self.tail.start()
 
     def _told(self, job: Object) -> tuple[list[str], list[Object]]:
         suspended = job.get("spec", {}).get("runPolicy", {}).get("suspend")
         return self.jobs.events(job["metadata"]["name"]), self.jobs.workloads() if suspended else []
 
-
-def _print_logs(jobs: Jobs, pod: str) -> None:
-    for line in jobs.logs(pod, follow=True):
-        say(f"  {line}")
+    def _print_logs(self) -> None:
+        """Until the pod ends or the connection is cut: then the next thread goes on after the last line."""
+        for stamp, line in self.jobs.logs(f"{self.name}-worker-0", follow=True, after=self.printed):
+            say(f"  {line}")
+            self.printed = stamp
 
 
 def fleet(configs: dict[str, Config], retry: bool = False) -> None:
@@ -158,45 +164,67 @@ def fleet(configs: dict[str, Config], retry: bool = False) -> None:
     jobs = Jobs(config.cluster)
     every = jobs.of(EVERYWHERE) if config.cluster.tenant_namespace else jobs
     orders = {tenant: order(given, "finetune", tenant) for tenant, given in configs.items()}
+    try:
+        ended = _submit_all(configs, orders, jobs, every, retry)
+        submitted = jobs.calls
+        _follow_all({wanted.name for wanted in orders.values()}, every, ended)
+    except KeyboardInterrupt:
+        say("\ndetached; the jobs go on. Come back with: bit submit finetune --all")
+        raise SystemExit(DETACHED) from None
+    failures = {}
+    for tenant, wanted in orders.items():
+        job, own = ended[wanted.name], jobs.of(config.cluster.namespace_of(tenant))
+        try:
+            if explain.condition(job) != "Succeeded":
+                raise ClusterError(why(configs[tenant], [], job, "finetune"))
+            pods = own.pods(wanted.name, PATIENCE_S) if "spec" in job else []  # else it ended and was removed before
+            results.collect(configs[tenant], pods, job, "finetune", tenant)
+        except ClusterError as error:
+            failures[tenant] = str(error)
+    show([(tenant, wanted.name, explain.condition(ended[wanted.name])) for tenant, wanted in orders.items()])
+    say(f"{jobs.calls} requests to the API server, {submitted} of them to submit")
+    if failures:
+        told = "\n".join(f"{tenant}: {reason.splitlines()[-1]}" for tenant, reason in failures.items())
+        raise ClusterError(f"{len(failures)} of {len(orders)} failed; --retry runs them again:\n{told}")
+
+
+def _submit_all(
+    configs: dict[str, Config], orders: dict[str, Order], jobs: Jobs, every: Jobs, retry: bool
+) -> dict[str, Object]:
+    """Submits what is not there yet. Returns what need not run: jobs that ended, were removed and left their receipt."""
+    ended: dict[str, Object] = {}
     there = {job["metadata"]["name"]: explain.condition(job) for job in every.find("bit/stage=finetune")}
     for tenant, wanted in orders.items():
-        own = jobs.of(config.cluster.namespace_of(tenant))
+        own = jobs.of(configs[tenant].cluster.namespace_of(tenant))
         if retry and there.get(wanted.name) == "Failed":
             _clear(configs[tenant], own, wanted.name)
             there.pop(wanted.name)
-        if wanted.name not in there:
+        if wanted.name in there:
+            continue
+        if not retry and ended_before(configs[tenant], wanted.name):
+            done = {"type": "Succeeded", "status": "True"}
+            ended[wanted.name] = {"metadata": {"name": wanted.name}, "status": {"conditions": [done]}}
+        else:
             own.apply(render(wanted, configs[tenant].cluster))
-    submitted = jobs.calls
-    states = {wanted.name: "Created" for wanted in orders.values()}
-    ended: dict[str, Object] = {}
+    return ended
+
+
+def _follow_all(names: set[str], every: Jobs, ended: dict[str, Object]) -> None:
+    """Watches until all have ended, and says how many are where."""
+    states = {name: explain.condition(ended[name]) if name in ended else "Created" for name in names}
     counted = ""
     for seen in every.watch("bit/stage=finetune"):
         if seen and (name := seen["metadata"]["name"]) in states:
             states[name] = explain.condition(seen)
-            if states[name] in ("Succeeded", "Failed"):
+            if states[name] in OVER:
                 ended[name] = seen
-        now = ", ".join(
-            f"{list(states.values()).count(state)} {state.lower()}" for state in sorted(set(states.values()))
-        )
+        counts = [(state, list(states.values()).count(state)) for state in sorted(set(states.values()))]
+        now = ", ".join(f"{count} {state.lower()}" for state, count in counts)
         if now != counted:
             counted = now
             say(f"finetune, {len(states)} tenants: {now}")
         if len(ended) == len(states):
-            break
-    failures = []
-    for tenant, wanted in orders.items():
-        own = jobs.of(config.cluster.namespace_of(tenant))
-        if states[wanted.name] == "Succeeded":
-            pods = own.pods(wanted.name, PATIENCE_S)
-            results.collect(configs[tenant], pods, ended[wanted.name], "finetune", tenant)
-        else:
-            failures.append(tenant)
-    show([(tenant, wanted.name, states[wanted.name]) for tenant, wanted in orders.items()])
-    say(f"{jobs.calls} requests to the API server, {submitted} of them to submit")
-    if failures:
-        raise ClusterError(
-            f"{len(failures)} of {len(orders)} failed: {', '.join(failures)}. `bit attach JOB` says why; --retry runs them again."
-        )
+            return
 
 
 def _clear(config: Config, jobs: Jobs, name: str) -> None:

@@ -155,9 +155,13 @@ class Kubelet(threading.Thread):
         data = self.core.read_namespaced_config_map(job, meta["namespace"]).data
         work.mkdir(parents=True)
         [items] = [volume["configMap"]["items"] for volume in pod["spec"]["volumes"] if "configMap" in volume]
-        for item in items:
-            (project / item["path"]).parent.mkdir(parents=True, exist_ok=True)
-            (project / item["path"]).write_text(data[item["key"]])
+        for item in items:  # laid out as a kubelet does it: links into ..data, which is a link itself
+            path = project / "..1" / item["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(data[item["key"]])
+        (project / "..data").symlink_to("..1")
+        for path in (project / "..1").iterdir():
+            (project / path.name).symlink_to(Path("..data", path.name))
         shared = self.folder / job / "checkpoints"
         shared.mkdir(parents=True, exist_ok=True)
         (work / ".checkpoints").symlink_to(shared)

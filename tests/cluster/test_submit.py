@@ -128,7 +128,10 @@ def test_why_a_job_waits_and_fails_is_told_in_plain_words(
     job = only_job(prepared, 3)
     assert f"bit attach {job}" in watching.end(130)
     assert job in bit(root, submitter, "jobs")
+    other = Command(root, submitter, tmp_path / "other.log", "-m", "training", "attach", job)
+    wait_for(lambda: "has enough" in other.log, 60)
     bit(root, submitter, "cancel", job)
+    assert f"{job} was removed: somebody cancelled it" in other.end(2)
 
     wrong = ("--set", "pretrain.seed=4", "--set", "pretrain.micro_batch=3")
     bit(root, submitter, "submit", "pretrain", "--detach", *wrong)

@@ -34,7 +34,8 @@ def test_a_watch_goes_on_when_its_place_in_the_history_is_gone(
             if over.is_set():
                 return
             if news:
-                seen.append(news["metadata"].get("annotations", {}).get("turn", "0"))
+                gone = news.get("removed", False)
+                seen.append("gone" if gone else news["metadata"].get("annotations", {}).get("turn", "0"))
 
     watching = threading.Thread(target=follow)
     watching.start()
@@ -51,8 +52,10 @@ def test_a_watch_goes_on_when_its_place_in_the_history_is_gone(
         assert '"code":410' in said or "too old resource version" in said, said
         prepared.kubectl("annotate", "pytorchjob", NAME, "-n", "bit", "turn=2", "--overwrite")
         wait_for(lambda: "2" in seen)
+        assert "gone" not in seen
+        prepared.kubectl("delete", "pytorchjob", NAME, "-n", "bit")
+        wait_for(lambda: "gone" in seen)
     finally:
         over.set()
         watching.join(60)
-        prepared.kubectl("delete", "pytorchjob", NAME, "-n", "bit")
     assert not watching.is_alive()

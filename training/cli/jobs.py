@@ -67,7 +67,7 @@ def logs(
     name: Name, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False
 ) -> None:
     """What rank 0 of a job prints."""
-    for line in _find(load().cluster, name)[0].logs(f"{name}-worker-0", follow):
+    for _, line in _find(load().cluster, name)[0].logs(f"{name}-worker-0", follow):
         print(line)
 
 

@@ -9,7 +9,9 @@ KILLED = "Signal 9 (SIGKILL) received"  # torchrun, of a rank that the kernel ki
 
 
 def condition(job: Object) -> str:
-    """The state of a job: Succeeded, Failed, Suspended, Running, Restarting or Created."""
+    """The state of a job: Succeeded, Failed, Suspended, Restarting, Running, Created, or Removed where the watch lost it."""
+    if job.get("removed"):
+        return "Removed"
     told = {row["type"] for row in job.get("status", {}).get("conditions", []) if row["status"] == "True"}
     return next(
         (state for state in ("Succeeded", "Failed", "Suspended", "Restarting", "Running") if state in told), "Created"

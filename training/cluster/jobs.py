@@ -152,26 +152,34 @@ class Jobs:
                 raise
         return list(found["items"])
 
-    def logs(self, pod: str, follow: bool) -> Iterator[str]:
-        """A pod's lines; ends where there are none (yet)."""
+    def logs(self, pod: str, follow: bool, after: str = "") -> Iterator[tuple[str, str]]:
+        """(time, line) of a pod's lines later than `after`; ends where there are none (yet)."""
         try:
             answer = self.core.read_namespaced_pod_log(
-                pod, self.namespace, container="pytorch", follow=follow, _preload_content=False
+                pod, self.namespace, container="pytorch", follow=follow, timestamps=True, _preload_content=False
             )
             for line in answer:
-                yield line.decode(errors="replace").rstrip("\n")
+                stamp, _, text = line.decode(errors="replace").rstrip("\n").partition(" ")
+                if stamp > after:
+                    yield stamp, text
         except (ApiException, urllib3.exceptions.HTTPError):
             return
 
     def watch(self, selector: str, pause_s: float = 5.0) -> Iterator[Object | None]:
-        """Every state of the selected jobs as it comes, for ever; None about every `pause_s` seconds in which nothing came."""
+        """Every state of the selected jobs as it comes, for ever; None about every `pause_s` seconds in which nothing came.
+
+        A job that is removed comes once more, with the key `removed`.
+        """
         failures, answered = 0, -PATIENCE_S
+        known: dict[str, Object] = {}
         while True:
             try:
                 listed = self._list(label_selector=selector, _request_timeout=(CONNECT_S, READ_S))
                 failures = 0
+                present = {job["metadata"]["uid"]: job for job in listed["items"]}
+                yield from (job | {"removed": True} for uid, job in known.items() if uid not in present)
                 yield from listed["items"]
-                version = listed["metadata"]["resourceVersion"]
+                known, version = present, listed["metadata"]["resourceVersion"]
                 while True:
                     answered = time.monotonic()
                     stream = watch.Watch().stream(
@@ -182,8 +190,11 @@ class Jobs:
                         _request_timeout=(CONNECT_S, READ_S),
                     )
                     for event in stream:
-                        version = event["object"]["metadata"]["resourceVersion"]
-                        yield event["object"]
+                        job = event["object"]
+                        version, known[job["metadata"]["uid"]] = job["metadata"]["resourceVersion"], job
+                        if event["type"] == "DELETED":
+                            del known[job["metadata"]["uid"]]
+                        yield job | {"removed": True} if event["type"] == "DELETED" else job
                     yield None
             except (ApiException, urllib3.exceptions.HTTPError, OSError) as error:
                 refused = isinstance(error, ApiException) and error.status in (401, 403, 404)

@@ -35,9 +35,10 @@ def is_pod() -> bool:
 def prepare() -> None:
     """Copies the project's files into the working directory; several ranks may do so at once."""
     source = Path(os.environ.get("BIT_PROJECT", PROJECT))
-    for path in source.rglob("*"):
-        name = path.relative_to(source)
-        if path.is_file() and not any(part.startswith("..") for part in name.parts):  # Kubernetes' own links
+    # A mounted ConfigMap is a folder of links, to files and to folders, into the folder `..data`.
+    for path in (source / "..data").rglob("*"):
+        name = path.relative_to(source / "..data")
+        if path.is_file():
             name.parent.mkdir(parents=True, exist_ok=True)
             temporary = name.with_name(f".{name.name}.{os.getpid()}")
             shutil.copyfile(path, temporary)
