@@ -13,6 +13,7 @@ import importlib.util
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from training.models import fused, zoo
 from training.models.archs import ARCHS
 from training.models.resnet import GroupNormReLU, StdConv2d
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -83,7 +85,7 @@ def variants(arch: str, device: torch.device) -> dict[str, tuple[nn.Module, torc
 
 
 def measure(
-    arch: str, batch: int, side: int, rounds: int, device: torch.device
+    arch: str, batch: int, side: int, rounds: int, device: torch.device, clock: Callable[[], float]
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds of every step for each `<precision> <variant>`, round by round; and on a GPU the peak of memory in GB."""
     torch.manual_seed(0)
@@ -102,7 +104,7 @@ def measure(
             for precision in PRECISIONS:
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)
-                began = time.perf_counter()
+                began = clock()
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     logits = network(pictures)
                 F.cross_entropy(logits.float(), labels).backward()
@@ -112,7 +114,7 @@ def measure(
                     torch.cuda.synchronize()
                     peaks[f"{precision} {name}"] = torch.cuda.max_memory_allocated(device) / 1e9
                 if number:  # the first round warms up
-                    took[f"{precision} {name}"].append(time.perf_counter() - began)
+                    took[f"{precision} {name}"].append(clock() - began)
     return took, peaks
 
 
@@ -166,14 +168,21 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu", type=torch.device, help="cpu or cuda")
+    parser.add_argument("--threads", type=int, help="of the processor; default: all")
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: processor seconds, where others use the machine too"
+    )
     parser.add_argument("--largest", action="store_true", help="on a GPU: each variant's largest batch too")
     arguments = parser.parse_args()
     device: torch.device = arguments.device
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    clock = CLOCKS[arguments.clock]
     described = machine.describe("torch", *(["timm"] if importlib.util.find_spec("timm") else []))
     described |= {"threads": torch.get_num_threads()}
     if device.type == "cuda":
         described["card"] = torch.cuda.get_device_name(device)
-    took, peaks = measure(arguments.arch, arguments.batch, arguments.side, arguments.rounds, device)
+    took, peaks = measure(arguments.arch, arguments.batch, arguments.side, arguments.rounds, device, clock)
     figures: dict[str, Any] = {}
     for key, seconds in took.items():
         precision, name = key.split(" ", 1)

@@ -53,7 +53,7 @@ class PackConfig(Section):
 HOW = (
     *("micro_batch", "evaluate_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
     *("activation_checkpointing", "sharding", "timeout_s", "max_skipped_steps", "max_failures", "max_hours"),
-    *("augment_on", "scratch"),
+    *("augment_on", "fused", "scratch"),
 )
 
 
@@ -64,7 +64,10 @@ class Optimisation(Section):
         None, description="examples per forward/backward and rank; default: all at once; auto: what memory allows"
     )
     activation_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
-    fused: bool = Field(False, description="GroupNorm and ReLU as one operation: faster, other rounding")
+    fused: bool | Literal["auto"] = Field(
+        "auto",
+        description="GroupNorm and ReLU, and standardisation, as one operation each; auto: on a processor with a compiler",
+    )
     flips: bool = Field(True, description="random horizontal flips; false where orientation carries the label")
     crops: bool = Field(True, description="random crops; false where the place in the picture carries the label")
     precision: Precision = Field("fp32", description="bf16 runs the network under autocast; weights stay fp32")

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -87,8 +87,11 @@ class World:
             yield
 
     @contextmanager
-    def at(self, step: int) -> Iterator[None]:
-        """Names rank, step and cause where a rank fails inside: RankError on the others, its own error on the rank itself."""
+    def at(self, step: Callable[[], int]) -> Iterator[None]:
+        """Names rank, step and cause where a rank fails inside: RankError on the others, its own error on the rank itself.
+
+        step: tells the current one, counted from 0.
+        """
         try:
             yield
         except Exception as error:
@@ -98,11 +101,11 @@ class World:
                 isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
             )
             if not lost:
-                _tell(self.rank, f"{type(error).__name__} in step {step + 1}: {error}")
+                _tell(self.rank, f"{type(error).__name__} in step {step() + 1}: {error}")
                 raise
             said = _causes(self.rank, self.size)
             raise RankError(
-                f"rank {self.rank} of {self.size} lost another rank in step {step + 1}: {said} ({error})"
+                f"rank {self.rank} of {self.size} lost another rank in step {step() + 1}: {said} ({error})"
             ) from error
 
     def share(self, value: Any) -> Any:

@@ -61,9 +61,10 @@ def train(
     optimizer = backend.optimizer(
         parameters, recipe.lr(0), recipe.momentum, recipe.weight_decay, whole=trained is model
     )
-    done = checkpoints.restore(trained, optimizer, world)
+    step = done = checkpoints.restore(trained, optimizer, world)
     wrapped, skipped = world.wrap(trained), 0
     with (
+        world.at(lambda: step),
         Progress(title, recipe.steps, done, world.is_main) as progress,
         stop_on_sigterm() as stop,
         profile or Profile.none() as profiled,
@@ -81,14 +82,13 @@ def train(
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited += time.perf_counter() - asked
-                with world.at(step), world.exchange(wrapped, now=micro == num_micro - 1):
+                with world.exchange(wrapped, now=micro == num_micro - 1):
                     loss = loss_of(wrapped, batch, recipe, lam, backend)
                     # Summed over micro-batches and averaged over ranks by DDP, this is the mean over the global batch.
                     (loss * (world.size / recipe.global_batch)).backward()
                 loss_sum += loss.detach()
             steps = step + 1
-            with world.at(step):
-                norm = grad_norm(parameters)
+            norm = grad_norm(parameters)
             # The averaged gradient, and so the answer, is the same on every rank.
             if np.isfinite(norm) and norm <= (recipe.max_grad_norm or np.inf):
                 optimizer.step()
@@ -101,8 +101,7 @@ def train(
             due = steps % recipe.evaluate_every == 0 or steps == recipe.steps
             if due or steps % progress.log_every == 0:
                 elapsed, count = time.perf_counter() - began, counted * recipe.global_batch
-                with world.at(step):
-                    mean_loss = float(world.sum(loss_sum)) / max(1, count)
+                mean_loss = float(world.sum(loss_sum)) / max(1, count)
                 figures = {
                     "loss": mean_loss,
                     "lr": lr,
@@ -111,8 +110,7 @@ def train(
                 }
                 if due:
                     world.gather(trained, model)
-                    with world.at(step):
-                        figures |= {f"test_{name}": value for name, value in evaluate().items()}
+                    figures |= {f"test_{name}": value for name, value in evaluate().items()}
                     wrapped.train()
                 progress.show(steps, figures)
                 log(figures | machine.figures(backend), steps)
@@ -122,11 +120,9 @@ def train(
             profiled.step()
             if attempt:
                 attempt.reached(steps, recipe.steps)
-            with world.at(step):
-                wish = world.max(OVER if attempt and attempt.is_over else STOP if stop.is_set else GO_ON)
+            wish = world.max(OVER if attempt and attempt.is_over else STOP if stop.is_set else GO_ON)
             if wish or steps % recipe.checkpoint_every == 0 or steps == recipe.steps:
-                with world.at(step):
-                    checkpoints.save(steps, trained, optimizer, world)
+                checkpoints.save(steps, trained, optimizer, world)
             if wish and steps < recipe.steps:
                 checkpoints.wait()
                 if wish == OVER:

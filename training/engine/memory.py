@@ -19,7 +19,7 @@ SHARE = 0.6  # of the free memory, for activations; the rest is workspace, gradi
 def prepare(model: ResNet, recipe: Recipe, stage: Optimisation, crop: int, world: World) -> Recipe:
     """Sets `model` up as the stage's keys say; the recipe comes back with the micro-batch found where it is `auto`."""
     model.recompute = stage.activation_checkpointing
-    if stage.fused:
+    if stage.fused is True or (stage.fused == "auto" and world.device.type == "cpu" and fused.compiler()):
         fused.fuse(model, world.device)
     if stage.micro_batch != "auto":
         return recipe

@@ -2,7 +2,7 @@
 fused.cpp, built at first use; on a GPU by what torch.compile makes of the eager forms.
 
 Where neither can be had (no g++, another device) the eager form stays. Only the input and two figures per group are kept for
-backward. Switched on by `fused: true`: results differ from the eager form by rounding, so it is a stated choice.
+backward. Results differ from the eager form by rounding, as between micro-batches; `fused: false` keeps to the eager form.
 """
 
 import ctypes
@@ -29,17 +29,21 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-std=c++17",
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
+def compiler() -> str | None:
+    """The C++ compiler: CXX, or g++ where it is installed."""
+    return os.environ.get("CXX") or shutil.which("g++")
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled fused.cpp, from the user's cache where it lies there; None, with a warning, where it cannot be built."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None:
+    if not (found := compiler()):
         warnings.warn("no g++ here: GroupNorm and ReLU run unfused. Install g++ or set CXX.", stacklevel=2)
         return None
     processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").is_file() else ""
     flags = [line for line in processor.splitlines() if line.startswith(("flags", "Features", "model name"))]
     key = hashlib.sha256(
-        "\n".join([SOURCE.read_text(), *FLAGS, compiler, platform.machine(), *flags]).encode()
+        "\n".join([SOURCE.read_text(), *FLAGS, found, platform.machine(), *flags]).encode()
     ).hexdigest()
     cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "bit", f"fused-{key[:16]}.so")
     if not cached.is_file():
@@ -48,7 +52,7 @@ def library() -> ctypes.CDLL | None:
             with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
                 built = Path(folder, cached.name)
                 subprocess.run(
-                    [compiler, *FLAGS, str(SOURCE), "-o", str(built)], check=True, capture_output=True, text=True
+                    [found, *FLAGS, str(SOURCE), "-o", str(built)], check=True, capture_output=True, text=True
                 )
                 built.replace(cached)  # whole or not there: several ranks may build at once
         except (OSError, subprocess.CalledProcessError) as error:

@@ -2,7 +2,7 @@
 
     python -m tests.training.engine.small_training DATASET WEIGHTS STEPS NAME [micro_batch] [sharding]
 
-Writes the weights to WEIGHTS; prints one line per recorded step. TROUBLE=step:rank:what
+Writes the weights to WEIGHTS; prints one line per recorded step. FUSED=1: by the fused operations; TROUBLE=step:rank:what
 makes that rank end in that step: what is a signal's name, or `raise`.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from training.config import PretrainConfig, Sharding
 from training.data.shards import Dataset
-from training.engine import attempts, distributed, store
+from training.engine import attempts, distributed, memory, store
 from training.engine.fit import View, fit
 from training.engine.recipe import Recipe
 from training.models import npz, zoo
@@ -54,14 +54,16 @@ def main(dataset: str, weights: str, steps: str, name: str, micro_batch: str = "
     torch.manual_seed(0)
     data = Dataset.open(dataset)
     model = zoo.create("R14x0.5", data.num_classes)
-    stage = PretrainConfig(max_hours=float(os.environ["MAX_HOURS"]) if "MAX_HOURS" in os.environ else None)
+    stage = PretrainConfig(fused="FUSED" in os.environ)
     with (
         distributed.join(int(os.environ.get("TIMEOUT_S", 60))) as world,
         attempts.attempt(store.of(name), stage, world) as attempt,
     ):
+        wanted = recipe(int(steps), int(micro_batch) if micro_batch else None, sharding=sharding)
+        memory.prepare(model, wanted, stage, 32, world)
         fit(
             model,
-            recipe(int(steps), int(micro_batch) if micro_batch else None, sharding=sharding),
+            wanted,
             data,
             View(resize=40, crop=32, flips=True, crops=True),
             world,

@@ -67,6 +67,15 @@ def test_a_checkpoint_of_four_ranks_continues_on_fewer(
     assert largest_difference(straight, moved) < 1e-5
 
 
+@pytest.mark.parametrize(("sharding", "micro_batch"), [("none", "2"), ("full", "")])
+def test_fused_operations_give_the_same_weights_on_two_ranks(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, sharding: str, micro_batch: str
+) -> None:
+    eager = run(tmp_path, dataset)
+    monkeypatch.setenv("FUSED", "1")
+    assert largest_difference(eager, run(tmp_path, dataset, micro_batch, sharding, ranks=2, name="fused")) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("trouble", "said"),
     [
