@@ -175,7 +175,7 @@ ALTERNATIVES = {
 }
 
 
-SHOWN = ("default", "in flight 8 each", "queue alone")
+SHOWN = ("default", "averaged 2 min", "queue alone")
 
 
 def draw(traces: dict[tuple[str, str], Trace], path: Path) -> None:
