@@ -4,6 +4,7 @@ JPEG goes through libjpeg-turbo, decoded at a reduced scale where that is enough
 through OpenCV. numpy only: neither torch nor the training package is imported.
 """
 
+import contextlib
 import struct
 
 import cv2
@@ -57,9 +58,9 @@ def decode(data: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXEL
             f"not a picture: {len(data)} bytes that begin with {data[:8]!r}. Send JPEG, PNG, WebP, GIF, BMP or TIFF."
         )
     size = dimensions(data)
-    if kind == "tiff" and size is None:
-        raise PictureError(f"a tiff of {len(data)} bytes whose directory does not tell its size.")
-    if size and size[0] * size[1] > max_pixels:
+    if size is None:  # what cannot be held against the limit is not unpacked
+        raise PictureError(f"a {kind} of {len(data)} bytes whose header does not tell its size.")
+    if size[0] * size[1] > max_pixels:
         raise PictureError(f"a {kind} of {size[0]} × {size[1]} pixels; at most {max_pixels:,} pixels are read.")
     if kind == "jpeg" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise PictureError(f"a jpeg of {scans} scans; at most {MAX_SCANS} are read.")
@@ -79,15 +80,16 @@ def dimensions(data: bytes) -> tuple[int, int] | None:
     kind = sniff(data)
     try:
         if kind == "jpeg":
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-            return width, height
+            return _jpeg_dimensions(data)
         if kind == "png":
             return struct.unpack(">II", data[16:24])
         if kind == "gif":
             return struct.unpack("<HH", data[6:10])
         if kind == "bmp":
+            if data[14:18] == b"\x0c\0\0\0":  # the header of OS/2, whose sides are 16 bits long
+                return struct.unpack("<HH", data[18:22])
             width, height = struct.unpack("<ii", data[18:26])
-            return width, abs(height)
+            return abs(width), abs(height)  # negative: upside down
         if kind == "webp":
             return _webp_dimensions(data)
         if kind == "tiff":
@@ -95,6 +97,27 @@ def dimensions(data: bytes) -> tuple[int, int] | None:
             return tags[0x0100], tags[0x0101]
     except (ValueError, KeyError, struct.error):
         return None
+    return None
+
+
+def _jpeg_dimensions(data: bytes) -> tuple[int, int] | None:
+    """simplejpeg has no name for unusual sampling factors or colours, which OpenCV reads: then from the frame's own marker.
+
+    ITU T.81, B.1.1 and B.2.2: markers are FF and a code, the segment's length behind most of them; SOFn holds the size.
+    """
+    with contextlib.suppress(ValueError, KeyError):
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        return width, height
+    at = 2
+    while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
+        code = data[at + 1]
+        if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack(">HH", data[at + 5 : at + 9])
+            return width, height
+        if code in (0x00, 0x01, 0xFF) or 0xD0 <= code <= 0xD8:  # stuffing, or a marker without a segment
+            at += 1 if code == 0xFF else 2
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return None
 
 
@@ -179,10 +202,14 @@ def _ifd(tiff: bytes) -> dict[int, int]:
         raise ValueError("no TIFF")
     (offset,) = struct.unpack_from(order + "I", tiff, 4)
     (count,) = struct.unpack_from(order + "H", tiff, offset)
-    found = {}
+    found: dict[int, int] = {}
+    seen = (
+        set()
+    )  # of a tag that comes twice the first counts, as for libtiff: the size must be the one that is unpacked
     for entry in range(min(count, 512)):
         at = offset + 2 + 12 * entry
         tag, kind = struct.unpack_from(order + "HH", tiff, at)
-        if kind in (3, 4):  # SHORT and LONG; a single one stands in the entry itself
+        if kind in (3, 4) and tag not in seen:  # SHORT and LONG; a single one stands in the entry itself
             (found[tag],) = struct.unpack_from(order + ("H" if kind == 3 else "I"), tiff, at + 8)
+        seen.add(tag)
     return found

@@ -205,14 +205,14 @@ class Scheduler:
                 if decoded and time.monotonic() > began + self.max_decode_s:  # one alone is bounded by its pixels
                     raise TooLarge(f"{len(decoded)} of {len(work)} pictures took the time of all to decode; send fewer")
                 decoded.append(preprocess.pixels(data, size, self.max_pixels))
-        except TooLarge as error:
-            self._fail(work, error)
-            return False
+            work.data = np.stack(decoded)
         except preprocess.PictureError as error:
             which = f"picture {len(decoded)}: " if len(work) > 1 else ""
             self._fail(work, BadRequest(which + str(error)))
             return False
-        work.data = np.stack(decoded)
+        except Exception as error:  # TooLarge, or what nobody foresaw (memory, say): never the end of the worker
+            self._fail(work, error)
+            return False
         work.timings["decode"] = time.monotonic() - began
         return True
 
@@ -249,4 +249,8 @@ def _resolve(answered: list[tuple["asyncio.Future[list[NDArray[np.float32]]]", l
 
 def _reject(answer: "asyncio.Future[list[NDArray[np.float32]]]", error: Exception) -> None:
     if not answer.done():
-        answer.set_exception(error if isinstance(error, ServiceError) else RuntimeError("inference failed"))
+        failed = error
+        if not isinstance(error, ServiceError):
+            failed = RuntimeError("inference failed")
+            failed.__cause__ = error  # the log's traceback shows it
+        answer.set_exception(failed)

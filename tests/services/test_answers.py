@@ -1,9 +1,11 @@
 """What classify and features answer beyond the plain picture: forms, embeddings, explanations, the access log."""
 
+import asyncio
 import base64
 import json
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,6 +13,10 @@ import numpy as np
 import pytest
 
 from services import preprocess
+from services.inference.engine import Session
+from services.inference.metrics import Metrics
+from services.inference.models import Served
+from services.inference.scheduler import Scheduler, Work
 from tests.services.exports import SIDE, export, gray_png
 from tests.services.running import Folder, Service, bit_serve
 
@@ -151,3 +157,29 @@ def test_bodies_that_are_still_coming_have_a_bound_together(tmp_path: Path) -> N
         while service.classify("lamps", picture).status_code != 200:
             assert time.monotonic() < end
             time.sleep(0.05)
+
+
+def test_an_unforeseen_error_fails_its_request_with_the_cause_and_not_the_worker() -> None:
+    session = Session(export())
+    broken = Session(export())
+    broken.card = replace(broken.card, resolution=0)  # a picture cannot be resized to that: no PictureError
+
+    async def ask(scheduler: Scheduler, session: Session) -> list[np.ndarray]:
+        served = Served("lamps", "1", "0" * 64, session, 0.0, 0)
+        answer: asyncio.Future[list[np.ndarray]] = asyncio.get_running_loop().create_future()
+        work = Work(served, [gray_png(250)], ("probabilities",), time.monotonic() + 60, answer)
+        async with asyncio.timeout(20):
+            return await scheduler.submit(work)
+
+    async def ask_both() -> None:
+        scheduler = Scheduler(1, 8, 5, 2000, 50_000_000, 2000, Metrics())
+        try:
+            with pytest.raises(RuntimeError, match="inference failed") as failed:
+                await ask(scheduler, broken)
+            assert isinstance(failed.value.__cause__, cv2.error)  # what the log's traceback shows
+            [rows] = await ask(scheduler, session)
+            assert rows.argmax() == 1
+        finally:
+            scheduler.close()
+
+    asyncio.run(ask_both())

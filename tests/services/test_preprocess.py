@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import struct
 from collections.abc import Callable
 
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -88,13 +90,45 @@ def test_what_is_no_picture_is_named(data: bytes, said: str) -> None:
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
-    import struct
-
     header = (
         b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + struct.pack(">II", 60_000, 60_000) + b"\x08\x02\0\0\0"
     )
     with pytest.raises(PictureError, match=f"60000 × 60000 pixels; at most {MAX_PIXELS:,}"):
         decode(header)
+
+
+@pytest.mark.parametrize(
+    ("kind", "unusual"),
+    [("jpeg", "sampling"), ("bmp", "header of OS/2"), ("bmp", "negative width"), ("tiff", "two widths")],
+)
+def test_a_bomb_whose_header_is_unusual_is_refused_too(kind: str, unusual: str) -> None:
+    small = saved(gradient(300, 200), kind)
+    if unusual == "sampling":  # factors that libjpeg reads and simplejpeg has no name for
+        at = next(n for n in range(len(small)) if small[n : n + 2] == b"\xff\xc0")
+        small = small[: at + 11] + b"\x31" + small[at + 12 :]
+        with pytest.raises(ValueError, match="subsampling"):
+            simplejpeg.decode_jpeg_header(small)
+    elif unusual == "header of OS/2":
+        core = struct.pack("<IHHHH", 12, 300, 0x9000, 1, 24)
+        small = b"BM" + struct.pack("<IHHI", 0, 0, 0, 26) + core
+    elif unusual == "negative width":
+        small = small[:18] + struct.pack("<i", -300) + small[22:]
+    else:
+        entry = next(n for n in range(len(small)) if small[n : n + 8] == struct.pack("<HHI", 0x100, 4, 1))
+        second = entry + 12
+        small = small[:second] + small[entry : entry + 8] + struct.pack("<I", 1) + small[second + 12 :]
+        small = small[: second + 12] + struct.pack("<HHII", 0x101, 4, 1, 200) + small[second + 24 :]
+    size = dimensions(small)
+    assert size is not None
+    assert size[0] == 300
+    with pytest.raises(PictureError, match=r"at most 50,000 pixels"):
+        decode(small, max_pixels=50_000)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xd8\xff\xd9", b"GIF89a\x01", b"BM", b"II*\x00\x08\0\0\0\0\0"])
+def test_a_picture_that_does_not_tell_its_size_is_refused(data: bytes) -> None:
+    with pytest.raises(PictureError, match=rf"of {len(data)} bytes whose header does not tell its size"):
+        decode(data)
 
 
 def test_a_jpeg_of_a_thousand_scans_is_refused() -> None:
