@@ -17,7 +17,7 @@ from training.engine import attempts, distributed, memory, recipe, store
 from training.engine.fit import View, fit
 from training.engine.profile import Profile
 from training.engine.recipe import Recipe
-from training.models import exchange, npz, zoo
+from training.models import archs, exchange, npz, zoo
 from training.schedules import staircase
 
 STAGE = "pretrain"
@@ -128,15 +128,16 @@ def _adopt(config: Config, weights: Path) -> None:
     """Published weights, checked key by key and value by value, instead of a training of our own."""
     source = config.upstream.weights
     assert source is not None
-    fetched = weights.with_name("published.npz")
+    fetched = weights.with_name(f"published{Path(source).suffix or '.npz'}")
     digest = exchange.fetch(source, fetched, config.upstream.sha256)
     if config.upstream.sha256 is None:
         print(f"upstream.weights has sha256 {digest}; pin it as upstream.sha256 in params.yaml")
-    arch = config.upstream.arch
-    model = npz.load(zoo.empty(arch, npz.num_classes(fetched)), fetched)
-    npz.save(model, weights)
-    fetched.unlink()
+    try:
+        exchange.convert(fetched, weights, config.upstream.arch, "published")
+    finally:
+        fetched.unlink()
     params = {"upstream": config.upstream.model_dump()}
     inputs = {"weights": digest, "dvc.md5": "published"}
+    count = archs.num_parameters(config.upstream.arch, npz.num_classes(weights))
     with tracking.start(config.tracking_uri, STAGE, None, params, inputs) as run:
-        _register(config, weights, run, inputs, {"parameters": float(sum(p.numel() for p in model.parameters()))})
+        _register(config, weights, run, inputs, {"parameters": float(count)})

@@ -112,7 +112,19 @@ def chosen(name: str, config: Config) -> Suite:
     if unknown := set(stated.get("datasets", ())) - set(DATASETS):
         raise ConfigError(f"benchmark.datasets: {unknown.pop()!r} is not a row. Choices: {', '.join(DATASETS)}.")
     suite = replace(suite, **stated)
+    if suite.protocol == "out-of-distribution":
+        _can_be_mapped(suite)
     return suite if suite.archs else replace(suite, archs=(config.upstream.arch,))
+
+
+def _can_be_mapped(suite: Suite) -> None:
+    if suite.methods != ("finetune",):
+        raise ConfigError(
+            f"benchmark.methods: {', '.join(suite.methods)}; out of distribution a tuned network is asked: finetune."
+        )
+    if alone := [name for name in suite.datasets if not DATASETS[name].tuned_on]:
+        mapped = ", ".join(name for name, row in DATASETS.items() if row.tuned_on)
+        raise ConfigError(f"benchmark.datasets: {alone[0]!r} maps to no other dataset's classes. Choices: {mapped}.")
 
 
 def upstreams(suite: Suite, config: Config) -> list[Upstream]:
