@@ -36,6 +36,7 @@ def main(config: Config, tenant: str, fork: bool = False, profile: int = 0) -> N
     fork: start from the weights of an interrupted training whose values differ, instead of refusing it; profile: steps whose
     trace is written to trace.json.
     """
+    called = time.monotonic()
     packed, upstream = receipt.read("pack", tenant), receipt.read("pretrain")
     data = Dataset.open(packed.outputs["dataset"].uri)
     arch, weights = str(upstream.details["arch"]), upstream.outputs["weights"]
@@ -63,9 +64,10 @@ def main(config: Config, tenant: str, fork: bool = False, profile: int = 0) -> N
         attempt.bind(run.run_id)
         for start in (TRANSFER, SCRATCH) if config.finetune.scratch else (TRANSFER,):
             torch.manual_seed(config.finetune.seed)
-            model = zoo.create(arch, data.num_classes)
             if start == TRANSFER:
-                adopt(model, receipt.local(weights), weights.sha256)
+                model = adopted(arch, data.num_classes, receipt.local(weights), weights.sha256)
+            else:
+                model = zoo.create(arch, data.num_classes)
             fitted = memory.prepare(model, recipe, config.finetune, rule.crop, world)
             began = time.perf_counter()
             histories[start] = fit(
@@ -80,6 +82,8 @@ def main(config: Config, tenant: str, fork: bool = False, profile: int = 0) -> N
             )
             metrics[f"{start}_seconds"] = time.perf_counter() - began
             metrics[f"{start}_loss"] = histories[start]["loss"][-1][1]
+            if start == TRANSFER and attempt.first_step_at:
+                metrics["first_step_seconds"] = attempt.first_step_at - called
             metrics["memory_peak_gb"] = world.backend.peak_bytes() / 1e9
             if world.is_main:
                 npz.save(model, out / f"{start}.npz")
@@ -143,13 +147,16 @@ def recipe_for(stage: FinetuneConfig, rule: HyperRule, multi_label: bool) -> Rec
     )
 
 
-def adopt(model: ResNet, weights: Path, sha256: str) -> None:
-    """The upstream weights, without their head; read once for all tenants that one process fine-tunes."""
-    body = _upstream(weights, sha256, model.units, model.width)
-    model.load_state_dict(body, strict=False)
+def adopted(arch: str, num_classes: int, weights: Path, sha256: str) -> ResNet:
+    """The upstream network with a head of zeros; read once for all tenants that one process fine-tunes."""
+    model = zoo.empty(arch, num_classes)
+    model.load_state_dict(_upstream(arch, weights, sha256), strict=False)
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    return model
 
 
 @lru_cache(maxsize=1)
-def _upstream(weights: Path, sha256: str, units: tuple[int, int, int, int], width: int) -> dict[str, torch.Tensor]:
-    model = npz.load(ResNet(units, width, 1), weights, head=False)
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+def _upstream(arch: str, weights: Path, sha256: str) -> dict[str, torch.Tensor]:
+    body = npz.load(zoo.empty(arch, 1), weights, head=False).state_dict()
+    return {name: tensor for name, tensor in body.items() if not name.startswith("head.")}

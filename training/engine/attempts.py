@@ -68,6 +68,7 @@ class Attempt:
     writes: bool
     record: Record
     _began: float = field(default_factory=time.monotonic)
+    first_step_at: float | None = None  # time.monotonic() when this attempt's first step was done
     _noted: float = 0.0
 
     @property
@@ -96,6 +97,7 @@ class Attempt:
 
     def reached(self, step: int, steps: int) -> None:
         """Tells where training stands; written every ten seconds at most, for a store may be far."""
+        self.first_step_at = self.first_step_at or time.monotonic()
         self.record = replace(self.record, step=step, steps=steps)
         if time.monotonic() - self._noted >= NOTE_EVERY_S:
             self.note()
