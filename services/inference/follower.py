@@ -202,6 +202,9 @@ class Follower:
         else:
             log.error("%s version %s cannot be loaded: %s", item.tenant, item.version, result)
             future.set_exception(result)
+        del (
+            result
+        )  # its traceback holds this frame, and so the session: a ring that only a collection of garbage would open
 
 
 def resident_bytes() -> int:
