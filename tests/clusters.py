@@ -107,7 +107,7 @@ def running(state: Path, parts: str = "kwok,training-operator") -> Iterator[Clus
         subprocess.run([KIT / "cluster", "down", "--state", state], check=True, timeout=120)
 
 
-def wait_for(what: Callable[[], Any], limit_s: float = 120, every_s: float = 0.2) -> Any:
+def wait_for(what: Callable[[], Any], limit_s: float = 300, every_s: float = 0.2) -> Any:
     """Polls until `what()` is true; returns its value. Fails with its last value after `limit_s`."""
     until = time.monotonic() + limit_s
     while not (value := what()):

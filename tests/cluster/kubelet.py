@@ -118,7 +118,11 @@ class Kubelet(threading.Thread):
 
     def container(self, name: str) -> Container | None:
         """The newest of the pod of that name."""
-        return next((one for one in reversed(self.containers.values()) if one.name == name), None)
+        return next(reversed(self.all_of(name)), None)
+
+    def all_of(self, name: str) -> list[Container]:
+        """Those of all pods that had this name, oldest first."""
+        return [one for one in list(self.containers.values()) if one.name == name]  # a copy: the thread adds to it
 
     def log(self, name: str) -> str:
         """All that the pod (or the pods) whose name begins so printed, through all restarts."""

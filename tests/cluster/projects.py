@@ -94,7 +94,7 @@ def run(root: Path, *arguments: str, cluster: Cluster | None = None, status: int
     """Python with these arguments in the project; all that it said."""
     done = subprocess.run(
         [sys.executable, *arguments], cwd=root, env=environment(root, cluster),
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -119,7 +119,7 @@ class Command:
     def log(self) -> str:
         return self._log.read_text()
 
-    def end(self, status: int = 0, limit_s: float = 240) -> str:
+    def end(self, status: int = 0, limit_s: float = 900) -> str:
         """Waits for its end; all that it said."""
         try:
             assert self.process.wait(limit_s) == status, self.log

@@ -10,6 +10,7 @@ import typer.main
 
 from tests import clusters
 from tests.cluster.conftest import ROOT
+from tests.cluster.projects import bit
 from tests.clusters import Cluster
 from training.cli import build
 from training.models import archs
@@ -46,6 +47,8 @@ def test_every_command_for_the_cluster_works_on_an_empty_one(empty: Cluster) -> 
             check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    assert "bit-pretrain " in bit(ROOT, empty, "jobs")  # made by kubectl alone
+    assert "was not made by `bit submit`" in bit(ROOT, empty, "attach", "bit-pretrain", status=2)
 
 
 def test_every_other_command_is_run_by_a_test() -> None:

@@ -75,7 +75,7 @@ def test_two_hundred_tenants_cost_fewer_than_ten_requests_each(prepared: Cluster
             prepared.kubectl("patch", "-n", "bit", "--type=merge", "-p", resume, *patches)
         return submit.process.poll() is not None
 
-    wait_for(play_the_queue, 240, every_s=1)
+    wait_for(play_the_queue, 900, every_s=1)
     said = submit.end()
     assert len(admitted) == len(TENANTS)
     assert "suspended" in said

@@ -1,6 +1,8 @@
 """Once for real: the training image in real pods on a real node, under Pod Security restricted; a pod is deleted on the way."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,6 +64,11 @@ def shared(node: Cluster, tmp_path: Path) -> Path:
     return folder
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[tuple[str, str]]:
     """An MLflow server; yields its address here and for pods."""
@@ -78,14 +85,14 @@ def mlflow_server(folder: Path) -> Iterator[tuple[str, str]]:
     log = folder / "log"
     with log.open("wb") as file:
         command = [sys.executable, "-m", "mlflow", "server", *listen, *store]
-        server = subprocess.Popen(command, env=allowed, cwd=folder, stdout=file, stderr=file)
+        server = subprocess.Popen(command, env=allowed, cwd=folder, stdout=file, stderr=file, start_new_session=True)
     try:
-        wait_for(lambda: b"startup complete" in log.read_bytes() or server.poll() is not None)
+        wait_for(lambda: answers(port) or server.poll() is not None)
         assert server.poll() is None, log.read_text()
         yield f"http://127.0.0.1:{port}", f"http://host.test:{port}"
     finally:
-        server.terminate()
-        server.wait(30)
+        os.killpg(server.pid, signal.SIGKILL)  # with the processes that it started
+        server.wait()
 
 
 def test_two_real_workers_train_through_the_loss_of_a_pod(
@@ -107,7 +114,7 @@ def test_two_real_workers_train_through_the_loss_of_a_pod(
 
         edit(root, mount)
         submit = Command(root, node, tmp_path / "submit.log", "-m", "training", "submit", "pretrain")
-        wait_for(lambda: list(shared.glob("upstream/**/step-*")) or submit.process.poll() is not None, 150)
+        wait_for(lambda: list(shared.glob("upstream/**/step-*")) or submit.process.poll() is not None)
         assert submit.process.poll() is None, submit.log
         [job] = node.get("pytorchjobs", "-n", "bit")["items"]
         name = job["metadata"]["name"]

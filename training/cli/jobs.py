@@ -78,6 +78,10 @@ def attach(name: Name) -> None:
     config = load()
     jobs, found = _find(config.cluster, name)
     labels = found["metadata"]["labels"]
+    if "bit/stage" not in labels:
+        raise UserError(
+            f"{name} was not made by `bit submit`; its receipt stays in the store. `bit logs {name}` shows its log."
+        )
     tenant = None if labels["bit/stage"] == "pretrain" else labels["bit/tenant"]
     submission.attach(config, jobs, name, labels["bit/stage"], tenant)
 
@@ -99,7 +103,7 @@ def _everywhere(cluster: ClusterConfig) -> "Jobs":
 def _find(cluster: ClusterConfig, name: str) -> tuple["Jobs", dict[str, Any]]:
     """A job by its name, and the jobs of its namespace. Raises UserError where there is none."""
     jobs = _everywhere(cluster)
-    found = jobs.find(f"bit/job={name}")
+    found = [job for job in jobs.find() if job["metadata"]["name"] == name]
     if not found:
         where = f"a namespace like {cluster.tenant_namespace!r}" if cluster.tenant_namespace else cluster.namespace
         raise UserError(f"there is no job {name!r} in {where}. `bit jobs` lists them.")

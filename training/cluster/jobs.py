@@ -23,7 +23,7 @@ from training.errors import UserError
 
 GROUP, VERSION, PLURAL = "kubeflow.org", "v1", "pytorchjobs"
 MANAGER = "bit"  # the field manager of server-side apply
-ALL = "bit/job"  # the label of every job that `bit submit` made
+ALL = "app.kubernetes.io/part-of=bit"  # also jobs that kubectl made from k8s/
 EVERYWHERE = ""  # all namespaces
 CONNECT_S, READ_S = 5, 60
 LONGEST_PAUSE_S = 15.0
