@@ -87,7 +87,7 @@ def mlflow_server(folder: Path, port: int | None = None) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1", "--port", str(port)]
     with process("mlflow", command, folder / "mlflow.log", MLFLOW_WITHOUT_JOBS):
-        wait_for(f"http://127.0.0.1:{port}/health", 60, folder / "mlflow.log")
+        wait_for(f"http://127.0.0.1:{port}/health", 180, folder / "mlflow.log")
         yield f"http://127.0.0.1:{port}"
 
 

@@ -20,6 +20,7 @@ class Backend:
     """
 
     group: ClassVar[str] = "gloo"
+    evaluated: ClassVar[int] = 2  # micro-batches that an evaluation takes at once: nothing is kept for backward
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -62,6 +63,7 @@ class Backend:
 
 class Cuda(Backend):
     group = "nccl"
+    evaluated = 8  # halved where that is too much
 
     def busy(self) -> dict[str, float]:
         return {"memory_peak_gb": self.peak_bytes() / 1e9, "memory_free_gb": self.free_bytes() / 1e9}

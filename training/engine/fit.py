@@ -16,7 +16,6 @@ from training.engine.profile import Profile
 from training.engine.recipe import Recipe
 from training.models.resnet import ResNet
 
-EVALUATED = 2  # times a micro-batch: nothing is kept for backward
 History = dict[str, list[tuple[int, float]]]  # figure → (optimizer steps done, value)
 
 
@@ -59,7 +58,7 @@ def fit(
 
     def evaluate() -> dict[str, float]:
         size = recipe.global_batch // world.size // recipe.num_micro(world.size)
-        answers = inference.predict(model, test, view.crop, size * EVALUATED, data.multi_label, world)
+        answers = inference.predict(model, test, view.crop, size * world.backend.evaluated, data.multi_label, world)
         return inference.score(answers, targets)
 
     def log(figures: dict[str, float], step: int) -> None:

@@ -25,10 +25,21 @@ def predict(
     rank, ranks = (world.rank, world.size) if world else (0, 1)
     found = torch.zeros(len(split), model.num_classes, device=device)
     for images, _, indices in eval_batches(split, size, batch_size, rank, ranks):
-        logits = model(normalize(torch.from_numpy(images).to(device)))
+        logits = logits_of(model, torch.from_numpy(images).to(device))
         rows = torch.from_numpy(indices).to(device)
         found[rows] = torch.sigmoid(logits) if multi_label else torch.softmax(logits, 1)
     return (world.sum(found) if world else found).cpu().numpy()
+
+
+def logits_of(model: ResNet, pixels_nhwc: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, H, W, 3] → logits [n, C]; in halves where the whole does not fit into the device's memory."""
+    try:
+        return model(normalize(pixels_nhwc))
+    except torch.OutOfMemoryError:
+        if len(pixels_nhwc) == 1:
+            raise
+    torch.cuda.empty_cache()
+    return torch.cat([logits_of(model, half) for half in pixels_nhwc.tensor_split(2)])
 
 
 def score(probabilities: NDArray[np.float32], targets: NDArray[Any]) -> dict[str, float]:

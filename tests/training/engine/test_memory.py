@@ -7,7 +7,7 @@ import torch
 
 from tests.training.engine.small_training import recipe
 from training.config import PretrainConfig
-from training.engine import memory
+from training.engine import inference, memory
 from training.engine.distributed import World
 from training.models import zoo
 
@@ -55,3 +55,22 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     memory.prepare(model, recipe(1), PretrainConfig(activation_checkpointing=True), 32, CPU)
     assert model.recompute
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+
+
+def test_an_evaluation_that_does_not_fit_goes_on_in_halves() -> None:
+    torch.manual_seed(0)
+    model, pixels = zoo.create("R14x0.5", 4), torch.randint(0, 256, (7, 32, 32, 3), dtype=torch.uint8)
+    torch.nn.init.normal_(model.head.weight)
+    sizes = []
+
+    def limit(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        sizes.append(len(inputs[0]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("no room")
+
+    with torch.inference_mode():
+        whole = inference.logits_of(model, pixels)
+        model.register_forward_pre_hook(limit)
+        parts = inference.logits_of(model, pixels)
+    torch.testing.assert_close(parts, whole)
+    assert [size for size in sizes if size <= 2] == [2, 2, 2, 1]

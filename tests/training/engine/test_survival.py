@@ -1,6 +1,7 @@
 """Nothing is lost: kills at random moments, lost ranks, other worlds, an MLflow that goes away. Minutes: make test-engine."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(tmp_path: Path, dataset: D
         "killed",
     ]
     done = subprocess.run(
-        [*command, "20", "7"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=400, check=False
+        [*command, "20", "7"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-3_000:]
     assert "20 kills" in done.stdout
@@ -49,7 +50,7 @@ def stopped(folder: Path, dataset: Dataset, ranks: int, trouble: str, sharding: 
         env=environment() | {"TROUBLE": trouble},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
     )
     assert done.returncode == status, done.stderr[-3_000:]
@@ -87,7 +88,8 @@ def test_a_lost_rank_is_named_with_its_step_and_cause(
     tmp_path: Path, dataset: Dataset, trouble: str, said: str
 ) -> None:
     text = stopped(tmp_path, dataset, 2, trouble)
-    assert "rank 0 of 2 lost another rank in step 7" in text
+    # What rank 1 sent last, in step 6, may die with it before rank 0 has read it.
+    assert re.search("rank 0 of 2 lost another rank in step [67]", text), text[-3_000:]
     assert said in text
     continued = run(tmp_path, dataset, name="moved")
     straight = run(tmp_path, dataset)
@@ -109,7 +111,7 @@ def test_membership_may_change_while_training_goes_on(tmp_path: Path, dataset: D
         return subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def wait(beyond: int) -> int:
-        end = time.monotonic() + 150
+        end = time.monotonic() + 300
         while time.monotonic() < end:
             done = [int(path.parent.name[5:]) for path in checkpoints.glob("step-*/meta.json")]
             if done and max(done) > beyond:
@@ -133,7 +135,7 @@ def test_membership_may_change_while_training_goes_on(tmp_path: Path, dataset: D
                 os.killpg(each.pid, signal.SIGKILL)
             each.wait()
     command = [sys.executable, "-m", MODULE, dataset.url, str(tmp_path / "straight.npz"), steps, "straight"]
-    subprocess.run(command, cwd=tmp_path, env=environment(), check=True, capture_output=True, timeout=200)
+    subprocess.run(command, cwd=tmp_path, env=environment(), check=True, capture_output=True, timeout=400)
     with np.load(tmp_path / "straight.npz") as straight, np.load(tmp_path / "elastic.npz") as elastic:
         difference = largest_difference(dict(straight), dict(elastic))
     assert difference < 1e-3  # a lost or repeated example shows as 1e-2 and more; 400 steps add up roundings
