@@ -132,8 +132,13 @@ class Balancer:
                     self.ready[port] = False
                 await asyncio.sleep(0.1)
 
-    def pick(self) -> int:
-        ready = [port for port, is_ready in sorted(self.ready.items()) if is_ready]
+    async def saw_ready(self, *ports: int) -> None:
+        while not all(self.ready.get(port) for port in ports):
+            await asyncio.sleep(0.05)
+
+    async def pick(self) -> int:
+        while not (ready := [port for port, is_ready in sorted(self.ready.items()) if is_ready]):
+            await asyncio.sleep(0.05)
         self.turn += 1
         return ready[self.turn % len(ready)]
 
@@ -147,34 +152,41 @@ def test_a_rolling_restart_loses_no_request(tmp_path: Path) -> None:
         balancer, answers, stop = Balancer(), [], asyncio.Event()
         ports = [int(service.url.rsplit(":", 1)[1]) for service in services]
         watches = [asyncio.create_task(balancer.watch(port)) for port in ports]
-        await asyncio.sleep(0.5)
+        await balancer.saw_ready(*ports)
 
         async def customer() -> None:
             while not stop.is_set():
                 try:
-                    connection = await load.connect(f"http://127.0.0.1:{balancer.pick()}")
+                    connection = await load.connect(f"http://127.0.0.1:{await balancer.pick()}")
                     answers.append((await connection.ask(ASK))[0])
                     connection.transport.close()
                 except OSError as error:
                     answers.append(repr(error))
 
+        async def more_answers() -> None:
+            wanted = len(answers) + 50
+            while len(answers) < wanted:
+                await asyncio.sleep(0.05)
+
         customers = [asyncio.create_task(customer()) for _ in range(8)]
-        await asyncio.sleep(0.5)
+        await more_answers()
         services[0].process.send_signal(signal.SIGTERM)
         first = await asyncio.to_thread(services[0].process.wait, 60)
         replacement = await asyncio.to_thread(stack.enter_context, bit_serve(store, tmp_path, *flags))
-        watches.append(asyncio.create_task(balancer.watch(int(replacement.url.rsplit(":", 1)[1]))))
-        await asyncio.sleep(0.5)
+        port = int(replacement.url.rsplit(":", 1)[1])
+        watches.append(asyncio.create_task(balancer.watch(port)))
+        await balancer.saw_ready(port)
+        await more_answers()
         services[1].process.send_signal(signal.SIGTERM)
         second = await asyncio.to_thread(services[1].process.wait, 60)
-        await asyncio.sleep(0.3)
+        await more_answers()
         stop.set()
         await asyncio.gather(*customers)
         for watch in watches:
             watch.cancel()
         return answers, [first, second]
 
-    flags = ("--drain_s", "2", "--grace_s", "20")
+    flags = ("--drain_s", "4", "--grace_s", "20")  # more than the balancer needs to see it, also on a busy machine
     with ExitStack() as stack:
         services = [stack.enter_context(bit_serve(store, tmp_path, *flags, stopped_by_test=True)) for _ in range(2)]
         answers, ends = asyncio.run(roll(services))
