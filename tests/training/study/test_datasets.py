@@ -16,6 +16,7 @@ from training.data.shards import Dataset
 from training.data.sources import SourceError
 from training.study import tfds
 from training.study.datasets import DATASETS, VTAB, opened
+from training.study.measure import mapping
 
 Written = Callable[[Path], None]
 ON_DISK: dict[str, tuple[str, Written, dict[str, int]]] = {
@@ -132,6 +133,19 @@ def test_objectnets_frame_is_cut_off_and_its_mapping_kept(tmp_path: Path) -> Non
     data = opened("objectnet", tmp_path)
     assert data.index["pack"]["answers"] == {"folder000": [5], "folder001": [6, 7], "folder002": [8]}
     assert preprocess.decode(data.split("test").read(0)).shape == (16, 16, 3)
+
+
+def test_a_mapping_of_ones_own_is_a_table_beside_the_folders(tmp_path: Path) -> None:
+    layouts.folders(tmp_path / "objectnet", 313, splits=("test",))
+    table = tmp_path / "objectnet" / "mapping.csv"
+    table.write_text("class,answer\nn00000001,cat\nn00000001,lynx\nn00000004,dog\n")
+    data = opened("objectnet", tmp_path)
+    assert mapping(data, ["bird", "cat", "dog", "lynx"]) == {1: {1, 3}, 4: {2}}
+    with pytest.raises(ConfigError, match="the mapping of 'n00000001' names 'lynx', which was not tuned on"):
+        mapping(data, ["bird", "cat", "dog"])
+    layouts.folders(tmp_path / "bare" / "objectnet", 313, splits=("test",))
+    with pytest.raises(ConfigError, match=r"maps none of its classes; give a mapping.csv"):
+        mapping(opened("objectnet", tmp_path / "bare"), ["bird"])
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
