@@ -66,7 +66,7 @@ COPY --from=inference-packages /opt/venv /opt/venv
 COPY --from=code /code/services /app
 ENV BIT_SERVE_HOST=0.0.0.0 BIT_SERVE_PORT=8080 BIT_SERVE_CACHE_DIR=/tmp/cache
 EXPOSE 8080
-HEALTHCHECK --start-period=30s CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/v2/health/live')"]
+HEALTHCHECK --start-period=30s CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"BIT_SERVE_PORT\"]}/v2/health/live')"]
 CMD ["bit-serve"]
 ARG REVISION=unknown
 LABEL org.opencontainers.image.revision="${REVISION}"

@@ -67,6 +67,17 @@ def bundle(folder: Path, root: Path, image: str, command: Sequence[str], mounts:
     return folder
 
 
+def execute(folder: Path, command: Sequence[str]) -> int:
+    """Runs a command inside the container that container(…, folder, …) started, as its user; its status."""
+    runc = ["runc", "--root", str(folder / "runc")]
+    [name] = [path.name for path in (folder / "runc").iterdir()]
+    environment = [
+        part for one in json.loads((folder / "config.json").read_text())["process"]["env"] for part in ("--env", one)
+    ]
+    done = subprocess.run([*runc, "exec", *environment, name, *command], capture_output=True, check=False, timeout=60)
+    return done.returncode
+
+
 @contextmanager
 def container(
     image: str, folder: Path, *command: str, mounts: dict[Path, str] | None = None, environment: Sequence[str] = ()

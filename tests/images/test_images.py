@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import draw_folder
 from tests.images.build import COPIED, ROOT, alone, base, build, buildah, lacking, storage
-from tests.images.containers import configuration, container, rootfs
+from tests.images.containers import configuration, container, execute, rootfs
 from tests.services.exports import export, gray_png
 from training.demo.walk import free_port
 from training.serve import wait_for
@@ -111,6 +111,10 @@ def test_a_golden_request_is_answered_read_only_and_sigterm_ends_the_service(inf
         for value, expected in ((10, "dark"), (250, "bright")):
             answer = httpx.post(f"http://127.0.0.1:{port}/v1/lamps/classify", content=gray_png(value), timeout=30)
             assert answer.json()["predictions"][0]["class"] == expected
+        how, *health = configuration(inference)["Healthcheck"]["Test"]
+        assert how == "CMD"
+        assert execute(tmp_path / "run", health) == 0
+        assert execute(tmp_path / "run", [word.replace("health/live", "health/nowhere") for word in health]) != 0
         running.send_signal(signal.SIGTERM)
         assert running.wait(timeout=40) == 0
     assert "Read-only" not in (tmp_path / "run" / "log").read_text()
@@ -128,7 +132,7 @@ def test_five_steps_of_training_by_torchrun_read_only(training: str, tmp_path: P
         f" && torchrun --nproc-per-node 2 -m training pretrain {steps} && cat runs/pretrain/receipt.json"
     )
     with container(training, tmp_path / "run", "sh", "-c", script, mounts={project: "/project"}) as running:
-        status = running.wait(timeout=180)
+        status = running.wait(timeout=400)  # 20 s on quiet cores
     said = (tmp_path / "run" / "log").read_text()
     assert status == 0, said[-3000:]
     assert "upstream 5/5" in said
