@@ -137,7 +137,7 @@ def start(
     finally:
         if box:
             box.close()
-    client.set_terminated(run_id, "FINISHED")
+    _end(client, run_id, "FINISHED", PATIENCE_S)
 
 
 def _continued(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> tuple[str, str, dict[str, int]] | None:
@@ -159,8 +159,8 @@ def _continued(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> tu
         return run_id, "", {}
 
 
-def _end(client: MlflowClient, run_id: str, status: str) -> None:
-    """Says how a run ended, without keeping a process from ending when MLflow is away."""
+def _end(client: MlflowClient, run_id: str, status: str, limit_s: float = LAST_WORD_S) -> None:
+    """Says how a run ended, without failing, or keeping from ending, a process when MLflow is away."""
 
     def tell() -> None:
         try:
@@ -170,7 +170,7 @@ def _end(client: MlflowClient, run_id: str, status: str) -> None:
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
-    thread.join(LAST_WORD_S)
+    thread.join(limit_s)
 
 
 def connect(uri: str) -> MlflowClient:

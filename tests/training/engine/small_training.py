@@ -9,6 +9,7 @@ makes that rank end in that step: what is a signal's name, or `raise`.
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ def lr(step: int) -> float:
             if what == "raise":
                 raise ArithmeticError("out of paint")
             os.kill(os.getpid(), signal.Signals[what])
+    time.sleep(float(os.environ.get("SLOW_S", 0)))
     return 3e-4 * min(1.0, step / 6)
 
 
@@ -59,6 +61,7 @@ def main(dataset: str, weights: str, steps: str, name: str, micro_batch: str = "
         distributed.join(int(os.environ.get("TIMEOUT_S", 60))) as world,
         attempts.attempt(store.of(name), stage, world) as attempt,
     ):
+        print(f"ranks {world.size}", flush=True)
         wanted = recipe(int(steps), int(micro_batch) if micro_batch else None, sharding=sharding)
         memory.prepare(model, wanted, stage, 32, world)
         fit(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -97,38 +98,47 @@ def test_a_lost_rank_is_named_with_its_step_and_cause(
 
 
 def test_membership_may_change_while_training_goes_on(tmp_path: Path, dataset: Dataset) -> None:
-    """Two nodes, one, two again: the second one is killed with all its processes, and comes back."""
-    steps, port = "400", free_port()
+    """Nodes: two, one, two again: the second one is killed with all its processes, and comes back."""
+    steps, port, told = "300", free_port(), tmp_path / "first.log"
     launcher = ["-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "20"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-id", "x", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-    launcher += ["--rdzv-conf", "last_call_timeout=1,join_timeout=60"]
-    arguments = [dataset.url, str(tmp_path / "elastic.npz"), steps, "elastic"]
-    checkpoints = tmp_path / ".checkpoints" / "elastic"
-    environ = environment() | {"TIMEOUT_S": "20"}
+    launcher += ["--rdzv-conf", "last_call_timeout=1,join_timeout=300"]
+    command = [sys.executable, *launcher, "-m", MODULE, dataset.url, str(tmp_path / "elastic.npz"), steps, "elastic"]
+    environ = environment() | {"SLOW_S": "0.1"}
 
-    def node() -> subprocess.Popen[bytes]:
-        command = [sys.executable, *launcher, "-m", MODULE, *arguments]
-        return subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.DEVNULL, start_new_session=True)
+    def node(log: Path) -> subprocess.Popen[bytes]:
+        with log.open("wb") as file:
+            return subprocess.Popen(
+                command, cwd=tmp_path, env=environ, stdout=file, stderr=file, start_new_session=True
+            )
 
-    def wait(beyond: int) -> int:
+    def until(met: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + 300
-        while time.monotonic() < end:
-            done = [int(path.parent.name[5:]) for path in checkpoints.glob("step-*/meta.json")]
-            if done and max(done) > beyond:
-                return max(done)
-            assert first.poll() is None, "it ended too early"
-            time.sleep(0.02)
-        raise AssertionError(f"no step after {beyond}")
+        while not met():
+            assert first.poll() is None, f"it ended before {what}: {told.read_text()[-3_000:]}"
+            assert time.monotonic() < end, f"waited in vain until {what}: {told.read_text()[-3_000:]}"
+            time.sleep(0.05)
 
-    first, second = node(), node()
+    def goes_on_with(ranks: int) -> None:
+        until(lambda: re.findall(r"ranks (\d)", told.read_text())[-1:] == [str(ranks)], f"{ranks} ranks")
+        newest = newest_step()
+        until(lambda: newest_step() > newest, f"a checkpoint of {ranks} ranks")
+
+    def newest_step() -> int:
+        found = (tmp_path / ".checkpoints" / "elastic").glob("step-*/meta.json")
+        return max((int(path.parent.name.removeprefix("step-")) for path in found), default=0)
+
+    first = node(told)
+    goes_on_with(1)  # the first one holds the rendezvous
+    second = node(tmp_path / "second.log")
     try:
-        reached = wait(0)
+        goes_on_with(2)
         os.killpg(second.pid, signal.SIGKILL)
         second.wait()
-        reached = wait(reached + 9)
-        second = node()
-        wait(reached + 9)
-        assert first.wait(timeout=300) == 0
+        goes_on_with(1)
+        second = node(tmp_path / "second-again.log")
+        goes_on_with(2)
+        assert first.wait(timeout=400) == 0, told.read_text()[-3_000:]
     finally:
         for each in (first, second):
             if each.poll() is None:
