@@ -24,6 +24,16 @@ spec:
 """
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """Ends the commands that a failed test left behind."""
+    from tests.cluster.projects import Command  # which imports this file
+
+    yield
+    while Command.started:
+        Command.started.pop().kill()
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with clusters.running(tmp_path_factory.mktemp("cluster"), "kwok,training-operator,kueue-crds") as cluster:

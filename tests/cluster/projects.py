@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -105,7 +106,9 @@ def bit(root: Path, cluster: Cluster, *arguments: str, status: int = 0) -> str:
 
 
 class Command:
-    """A command that runs beside the test. log: what it said so far."""
+    """A command that runs beside the test, and ends with it at the latest. log: what it said so far."""
+
+    started: ClassVar[list["Command"]] = []
 
     def __init__(self, root: Path, cluster: Cluster | None, log: Path, *arguments: str) -> None:
         self._log = log
@@ -114,6 +117,12 @@ class Command:
                 [sys.executable, *arguments], cwd=root, env=environment(root, cluster),
                 stdout=file, stderr=file, start_new_session=True,
             )  # fmt: skip
+        self.started.append(self)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     @property
     def log(self) -> str:

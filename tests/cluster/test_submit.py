@@ -1,7 +1,6 @@
 """`runner: kubernetes` end to end: dvc repro, jobs through the real API server and operator, pods' commands as real processes."""
 
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -96,8 +95,7 @@ def test_a_killed_repro_attaches_and_lost_workers_resume(
     wait_for(lambda: "running" in first.log or first.process.poll() is not None)
     job = only_job(prepared, 2)
     wait_for(lambda: list(kubelet.folder.glob(f"{job}/checkpoints/**/step-*")))
-    os.killpg(first.process.pid, signal.SIGKILL)
-    first.process.wait()
+    first.kill()
     victim = kubelet.container(f"{job}-worker-1")
     assert victim is not None
     victim.kill()  # restarted in place, as a kubelet does
