@@ -18,6 +18,7 @@ Precision = Literal["fp32", "bf16"]
 Sharding = Literal["none", "full"]
 Method = Literal["ridge", "linear", "finetune"]
 Share = Annotated[float, Field(ge=0, le=1)]
+SplitName = Annotated[str, Field(pattern=r"^[\w-]+$")]  # it becomes the name of a file
 
 
 class ConfigError(UserError):
@@ -42,7 +43,7 @@ class PackConfig(Section):
     source: str | None = Field(
         None, description="folder, CSV or JSONL; default data/upstream or tenants/<name>/pictures"
     )
-    splits: dict[str, float] = Field(
+    splits: dict[SplitName, float] = Field(
         {"train": 0.9, "test": 0.1}, description="shares, where the source names no splits"
     )
     shard_bytes: Positive = Field(256 * 2**20, description="size at which a new shard begins")
@@ -130,13 +131,16 @@ class PretrainConfig(Optimisation):
                 raise ValueError("steps=null needs a recipe, whose epochs then count")
         elif self.epochs is not None and self.stated("steps"):
             raise ValueError(f"epochs={self.epochs:g} and steps={self.steps}: give one of them (steps: null)")
-        supports = self.supports
+        if self.recipe is None:
+            self._rising(self.supports)
+        return self
+
+    def _rising(self, supports: tuple[int, ...]) -> None:
         if list(supports) != sorted(supports):
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps}, decays={self.decays} of steps={self.steps} give the boundaries "
+            raise ConfigError(
+                f"pretrain: warmup_steps={self.warmup_steps}, decays={self.decays} of steps={supports[-1]} give the boundaries "
                 f"{supports}, which do not rise; lower warmup_steps or raise steps"
             )
-        return self
 
     def stated(self, key: str) -> bool:
         """Whether params.yaml sets `key` (to something other than null)."""
@@ -160,9 +164,18 @@ class PretrainConfig(Optimisation):
             whole = (batch or recipes.BATCH) * self.steps / num_examples
         else:
             whole = self.epochs  # type: ignore[assignment]
-        return recipes.plan(
-            self.recipe, num_examples, epochs=whole, global_batch=batch, lr=lr, lr_scaling=self.lr_scaling
+        plan = recipes.plan(
+            self.recipe,
+            num_examples,
+            epochs=whole,
+            global_batch=batch,
+            lr=lr,
+            lr_scaling=self.lr_scaling,
+            warmup_steps=self.warmup_steps if self.stated("warmup_steps") else None,
+            decays=self.decays if self.stated("decays") else None,
         )
+        self._rising(plan.supports)
+        return plan
 
 
 class FinetuneConfig(Optimisation):
@@ -197,7 +210,7 @@ class NodesConfig(Section):
     """What the pods of one stage run on."""
 
     pool: Literal["gpu", "gpu-spot", "tpu", "cpu"] = Field("gpu", description="kind of nodes")
-    node_selector: dict[str, str] = Field({}, description="labels that the nodes must have beside the pool's own")
+    node_selector: dict[str, str] = Field({}, description="labels of the nodes, in place of the pool's own")
     workers: Positive = Field(1, description="pods")
     devices: Positive = Field(1, description="GPUs, TPU chips or, on the pool cpu, processes per pod")
     cpu: str = Field("8", description="processors per pod")

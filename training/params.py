@@ -4,15 +4,20 @@
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import UnionType
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from training.config import TENANT_SECTIONS, Config, ConfigError
+
+NAME = re.compile(
+    r"[A-Za-z0-9][\w.-]*", re.ASCII
+)  # of folders, experiments, registered models, labels and files of a ConfigMap
+RESERVED = ("upstream", "bit-upstream")  # what upstream training calls its own
 
 
 def tenants(root: Path = Path()) -> list[str]:
@@ -30,6 +35,11 @@ def load(root: Path = Path(), tenant: str | None = None, overrides: Iterable[str
         path = root / "tenants" / tenant / "params.yaml"
         if tenant not in tenants(root):
             raise ConfigError(f"tenant {tenant!r} is not known: {_choices(tenant, tenants(root))} Add {path}.")
+        if not NAME.fullmatch(tenant) or tenant in RESERVED:
+            raise ConfigError(
+                f"tenant {tenant!r}: letters, digits, _, . and - only, a letter or digit first, and none of "
+                f"{', '.join(RESERVED)}. Rename its folder below tenants/."
+            )
         own = _read(path)
         if own.pop("tenant", tenant) != tenant:
             raise ConfigError(f"{path}: `tenant:` must be {tenant!r}, the name of its folder.")
@@ -75,12 +85,16 @@ def explain(error: ValidationError) -> str:
 def _fields(path: list[str]) -> list[str]:
     model: type[BaseModel] = Config
     for name in path:
-        annotation = model.model_fields[name].annotation
-        inner: list[type] = (
-            [t for t in get_args(annotation) if isinstance(t, type)] if isinstance(annotation, UnionType) else []
-        )
-        model = inner[0] if inner else annotation  # type: ignore[assignment]
+        if name in model.model_fields:  # else the place in a list
+            model = _section(model.model_fields[name].annotation) or model
     return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section in a key's type: itself, or what a list or an optional key holds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section(inner))), None)
 
 
 def _choices(given: str, known: Iterable[str]) -> str:

@@ -84,17 +84,22 @@ def _train(config: Config, weights: Path, fork: bool, profile: int) -> None:
 def planned(stage: PretrainConfig, num_examples: int, multi_label: bool) -> tuple[Recipe, View]:
     """How `num_examples` pictures are trained on and seen: the recipe's values, and those that params.yaml states."""
     plan = stage.plan(num_examples)
+
+    def own(key: str) -> bool:
+        return stage.recipe is None or stage.stated(key)
+
     made = recipe.of(
         stage,
         steps=plan.steps,
         global_batch=plan.global_batch,
         lr=lambda step: staircase(step, plan.lr, plan.supports),
-        weight_decay=stage.weight_decay,
+        weight_decay=stage.weight_decay if own("weight_decay") else recipes.WEIGHT_DECAY,
         mixup_alpha=stage.mixup_alpha,
         multi_label=multi_label,
     )
+    crop = stage.crop if own("crop") else recipes.CROP
     by_area = stage.recipe is not None and stage.crops
-    return made, View(max(stage.resize, stage.crop), stage.crop, stage.flips, stage.crops, by_area)
+    return made, View(max(stage.resize, crop), crop, stage.flips, stage.crops, by_area)
 
 
 def starting_bias(stage: PretrainConfig, multi_label: bool) -> float:

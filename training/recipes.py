@@ -4,6 +4,7 @@ Source: BiT, section 4.1. bit-s and bit-m train 90 epochs, bit-l 40; SGD with mo
 5,000 warm-up steps, weight decay 1e-4, crops by area to 224 pixels. Pure arithmetic: no framework is imported here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,17 +47,21 @@ def plan(
     global_batch: int | None = None,
     lr: float | None = None,
     lr_scaling: LrScaling = "linear",
+    warmup_steps: int | None = None,
+    decays: Sequence[float] | None = None,
 ) -> Plan:
     """The recipe on `num_examples` pictures; `epochs` and `global_batch` scale it down.
 
     Decays keep their shares of the epochs. The warm-up keeps its share of the published number of steps, and is never longer
-    than the published 5,000: at the recipe's own scale it is exactly that.
+    than the published 5,000: at the recipe's own scale it is exactly that. warmup_steps, decays (shares of all steps): in place
+    of the recipe's.
     """
     recipe = RECIPES[name]
     chosen, batch = epochs or recipe.epochs, global_batch or BATCH
     steps = max(1, round(chosen * num_examples / batch))
     published = recipe.epochs * recipe.num_examples / BATCH
-    warmup = min(WARMUP_STEPS, round(WARMUP_STEPS * steps / published))
-    decays = tuple(round(decay / recipe.epochs * steps) for decay in recipe.decays)
+    warmup = min(WARMUP_STEPS, round(WARMUP_STEPS * steps / published)) if warmup_steps is None else warmup_steps
+    shares = [decay / recipe.epochs for decay in recipe.decays] if decays is None else decays
+    falls = (round(share * steps) for share in shares)
     base = LR if lr is None else lr
-    return Plan(steps, batch, base * batch / 256 if lr_scaling == "linear" else base, (warmup, *decays, steps))
+    return Plan(steps, batch, base * batch / 256 if lr_scaling == "linear" else base, (warmup, *falls, steps))

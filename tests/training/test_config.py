@@ -1,9 +1,11 @@
 """params.yaml: what is refused, and how it is said."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from training.cli.stages import stage
 from training.config import Config, ConfigError
 from training.params import load
 
@@ -36,6 +38,8 @@ def test_set_overrides_everything(project: Path) -> None:
         ("runner=slurm", "Input should be 'local'"),
         ("pretrain.warmup_steps=90", "do not rise"),
         ("pretrain", "section.key=value"),
+        ("benchmark.published=[{nmae: x}]", r"published\.0\.nmae is not a key of params.yaml: did you mean 'name'"),
+        ("pack.splits={../escaped: 1.0}", r"pack\.splits\.\.\./escaped"),
     ],
 )
 def test_a_wrong_value_is_named_with_the_choices(project: Path, override: str, said: str) -> None:
@@ -46,6 +50,21 @@ def test_a_wrong_value_is_named_with_the_choices(project: Path, override: str, s
 def test_an_unknown_tenant_is_named_with_the_choices(project: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'cats'"):
         load(project, "cat")
+
+
+@pytest.mark.parametrize("name", ["upstream", "bit-upstream", "it's", "cats@home", "-cats", "kätzchen"])
+def test_a_tenants_name_that_other_parts_could_not_carry_is_refused(project: Path, name: str) -> None:
+    (project / "tenants" / name).mkdir()
+    (project / "tenants" / name / "params.yaml").write_text("{}")
+    with pytest.raises(ConfigError, match="Rename its folder below tenants/"):
+        load(project, name)
+
+
+@pytest.mark.parametrize("options", [{"fork": True}, {"profile": 5}])
+def test_what_runs_here_only_is_refused_on_the_cluster(options: dict[str, Any]) -> None:
+    [option] = options
+    with pytest.raises(ConfigError, match=f"--{option}: for a training that runs here only: --set runner=local"):
+        stage("pretrain", Config(runner="kubernetes"), **({"fork": False, "profile": 0} | options))
 
 
 def test_a_tenant_cannot_set_what_all_share(project: Path) -> None:

@@ -70,6 +70,7 @@ def test_other_kinds_become_png_and_jpeg_stays_byte_for_byte(tmp_path: Path, pic
         ("t.csv", "path,klass\n1.png,a\n", "label or labels"),
         ("t.csv", "path,label\n1.png,\n", "no label for '1.png'"),
         ("t.csv", "path,label\n../../etc/passwd,a\n", "lies outside"),
+        ("t.csv", "path,label,split\n1.png,a,../../escaped\n", r"row 1: split '\.\./\.\./escaped'"),
         ("t.jsonl", "{broken\n", "row 1: not JSON"),
         ("t.csv", "path,label\n1.png,a\n", "at least two classes"),
         ("t.txt", "", "neither a folder nor"),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training import recipes
-from training.config import PretrainConfig
+from training.config import ConfigError, PretrainConfig
 from training.data import area
 from training.pretrain import planned, starting_bias
 from training.schedules import staircase
@@ -61,6 +61,10 @@ def test_a_recipe_gives_what_params_leave_out_and_stated_keys_win() -> None:
         PretrainConfig(recipe="bit-m", epochs=1, crop=32, weight_decay=0.0), 40_960, multi_label=False
     )
     assert (recipe.steps, recipe.weight_decay, view.crop) == (10, 0.0, 32)
+    stage = PretrainConfig(recipe="bit-m", epochs=1, global_batch=256, warmup_steps=7, decays=(0.5, 0.9))
+    assert stage.plan(25_600).supports == (7, 50, 90, 100)
+    with pytest.raises(ConfigError, match=r"warmup_steps=60.*of steps=100 give the boundaries \(60, 50, 90, 100\)"):
+        stage.model_copy(update={"warmup_steps": 60}).plan(25_600)
     with pytest.raises(ValueError, match="epochs=3 needs a recipe"):
         PretrainConfig(epochs=3)
     with pytest.raises(ValueError, match="give one of them"):

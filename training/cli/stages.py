@@ -18,6 +18,8 @@ def stage(name: str, config: Config, tenant: str | None = None, **options: Any) 
     """Runs one stage, here or on the cluster. Its module is imported only now, so that `bit --help` answers at once."""
     arguments: Any = (tenant,) if tenant else ()
     if config.runner == "kubernetes" and name in ("pretrain", "finetune") and not pod.is_pod():
+        if stated := [f"--{option}" for option, value in options.items() if value]:
+            raise ConfigError(f"{' and '.join(stated)}: for a training that runs here only: --set runner=local.")
         import_module("training.submit").main(config, name, *arguments)
         return
     import_module(f"training.{name}").main(config, *arguments, **options)

@@ -28,6 +28,7 @@ from training.data.remote import Folder
 from training.errors import UserError
 
 FORMAT = 1
+MAX_OPEN = 64  # shards of a split: most systems allow a process 1,024 files, some 256
 INDEX, EXAMPLES = "index.json", "examples.parquet"
 
 
@@ -241,7 +242,7 @@ class Split:
         self.widths: NDArray[np.int32] = table["width"].to_numpy()
         self.heights: NDArray[np.int32] = table["height"].to_numpy()
         self._offsets, self._lengths = table["offset"].to_pylist(), table["length"].to_pylist()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Any] = {}  # that which was used last comes last
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -263,20 +264,41 @@ class Split:
         """The bytes of picture `i`; safe to call from several threads."""
         name, offset, length = self.shards[i], self._offsets[i], self._lengths[i]
         with self._lock:
-            if name not in self._files:
-                path = self.dataset.folder.path(name)
-                local = os.path.exists(path)
-                self._files[name] = os.open(path, os.O_RDONLY) if local else self.dataset.folder.open(name)
-            file = self._files[name]
-            if not isinstance(file, int):
+            file = self._files.pop(name) if name in self._files else self._opened(name)
+            self._files[name] = file
+            if len(self._files) > MAX_OPEN:
+                self._let_go(next(iter(self._files)))
+            if not isinstance(file, LocalFile):
                 file.seek(offset)
                 return file.read(length)
-        return os.pread(file, length, offset)
+        return file.read(offset, length)
+
+    def _opened(self, name: str) -> Any:
+        path = self.dataset.folder.path(name)
+        return LocalFile(os.open(path, os.O_RDONLY)) if os.path.exists(path) else self.dataset.folder.open(name)
+
+    def _let_go(self, name: str) -> None:
+        file = self._files.pop(name)
+        if not isinstance(file, LocalFile):  # another thread may still read a local one
+            file.close()
 
     def close(self) -> None:
-        for file in self._files.values():
-            os.close(file) if isinstance(file, int) else file.close()
-        self._files.clear()
+        for name in list(self._files):
+            self._let_go(name)
 
     def __del__(self) -> None:
         self.close()
+
+
+class LocalFile:
+    """A file on this machine's disk, closed when the last of the threads that read it lets go of it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Safe to call from several threads at once."""
+        return os.pread(self._descriptor, length, offset)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,10 @@ def _table(path: Path) -> Iterator[Record]:
             raise SourceError(
                 f"{place}: {row['path']!r} lies outside {path.parent}; only pictures beneath it are read."
             )
-        yield Record(path.parent / picture.relative_to(root), labels, row.get("split") or None)
+        split = str(row.get("split") or "")
+        if not re.fullmatch(r"[\w-]*", split):  # it becomes the name of a file
+            raise SourceError(f"{place}: split {split!r}: letters, digits, _ and - only, as in {', '.join(SPLITS)}.")
+        yield Record(path.parent / picture.relative_to(root), labels, split or None)
 
 
 def _rows(path: Path) -> Iterable[dict[str, Any]]:

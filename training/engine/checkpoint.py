@@ -15,7 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from training.engine.distributed import World
 from training.engine.store import Store
@@ -78,7 +83,7 @@ class Checkpoints:
             return 0
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if meta["decides"] != dict(self.decides):  # a fork
-            model.load_state_dict(state["model"])
+            set_model_state_dict(model, state["model"], options=FULL)
             return 0
         self.history.update(
             {figure: [(int(s), v) for s, v in points] for figure, points in meta.get("history", {}).items()}

@@ -45,7 +45,12 @@ class Recipe:
         """Forward/backward passes per optimizer step and rank. Raises BatchError where the batch cannot be split."""
         share, rest = divmod(self.global_batch, world_size)
         if rest or share == 0:
-            raise BatchError(f"global_batch={self.global_batch} does not divide over {world_size} ranks.")
+            fitting = [size for size in range(1, self.global_batch + 1) if self.global_batch % size == 0]
+            near = sorted(sorted(fitting, key=lambda size: abs(size - world_size))[:5])
+            raise BatchError(
+                f"global_batch={self.global_batch} does not divide over {world_size} ranks. Numbers of ranks near it that fit: "
+                f"{', '.join(map(str, near))}; a job that may grow and shrink needs a global_batch that all its sizes divide."
+            )
         micro = min(self.micro_batch or share, share)
         if share % micro:
             raise BatchError(f"micro_batch={micro} does not divide a rank's share of {share} examples.")

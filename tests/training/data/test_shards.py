@@ -3,7 +3,9 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,22 @@ def test_a_dataset_is_read_through_fsspec_urls(dataset: Dataset) -> None:
     remote = Dataset.open(f"file://{dataset.url}")
     assert list(remote.split("test")) == list(dataset.split("test"))
     assert remote.fingerprint == dataset.fingerprint
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_more_shards_than_may_be_open_are_read_by_many_threads(tmp_path: Path, scheme: str) -> None:
+    count = shards.MAX_OPEN + 20
+    written = [("train", example(number, 100 + number, 0)) for number in range(count)]
+    shards.write(tmp_path, written, ["a", "b"], False, 1, {})
+    split = Dataset.open(f"{scheme}{tmp_path}").split("train")
+    assert len(set(split.shards)) == count
+    before = len(os.listdir("/proc/self/fd"))
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert list(pool.map(split.read, range(count))) == [made.data for _, made in written]
+    assert len(os.listdir("/proc/self/fd")) <= before + shards.MAX_OPEN
+    split.close()
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_several_labels_become_a_multi_hot_matrix(tmp_path: Path) -> None:

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import s3fs
 import torch
+import torch.distributed as dist
 from moto.server import ThreadedMotoServer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from training.engine.checkpoint import CheckpointError, Checkpoints
 from training.engine.distributed import World
@@ -98,6 +102,21 @@ def test_another_training_is_refused_with_both_values_unless_forked(store: Store
         Trained().restored(Checkpoints(store, changed))
     assert "arch" not in str(refused.value)
     assert Trained().restored(Checkpoints(store, changed, fork=True)) == (0, 3.0)
+
+
+def test_a_sharded_network_is_forked_too(tmp_path: Path) -> None:
+    Trained().save(Checkpoints(Store(str(tmp_path)), {"lr": "0.1"}), 3)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        forked = Trained()
+        fully_shard(forked.model, mesh=init_device_mesh("cpu", (1,)))
+        fork = Checkpoints(Store(str(tmp_path)), {"lr": "0.2"}, fork=True)
+        assert fork.restore(forked.model, torch.optim.SGD(forked.model.parameters(), 0.1), WORLD) == 0
+        weight = forked.model.weight
+        assert isinstance(weight, DTensor)
+        assert weight.full_tensor().item() == 3.0
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_full_disk_fails_the_write_and_not_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
