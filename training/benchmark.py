@@ -44,7 +44,7 @@ def main(config: Config, name: str, out: Path = OUT) -> None:
             return stack.enter_context(run)
 
         world = stack.enter_context(distributed.join(config.finetune.timeout_s))
-        bench, results = Bench(config, data, suite.steps, work, world), Results(folder)
+        bench, results = Bench(config, suite, data, work, world), Results(folder)
         starts: dict[suites.Upstream, upstreams.Start] = {}
         current = []
         for number, unit in enumerate(units, 1):

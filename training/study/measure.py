@@ -19,8 +19,10 @@ from training.models import npz, zoo
 from training.models.resnet import ResNet
 from training.study import draws, probe
 from training.study.datasets import DATASETS
-from training.study.suites import Unit
+from training.study.suites import Suite, Unit
 from training.study.upstreams import Start
+
+BATCH = 128  # pictures evaluated together
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,16 @@ class Measured:
 
 
 class Bench:
-    """Measures runs of one configuration. work: where networks that several runs share are kept."""
+    """Measures runs of one suite. work: where the tuned networks are kept that runs out of distribution share."""
 
-    def __init__(self, config: Config, data: dict[str, Dataset], steps: int | None, work: Path, world: World) -> None:
-        self.config, self.data, self.steps, self.work, self.world = config, data, steps, work, world
+    def __init__(self, config: Config, suite: Suite, data: dict[str, Dataset], work: Path, world: World) -> None:
+        self.config, self.data, self.steps, self.work, self.world = config, data, suite.steps, work, world
+        self.keep = suite.protocol == "out-of-distribution"
         self._kept: tuple[str, NDArray[np.float32]] | None = None  # features of the last test split
 
     def drawn(self, unit: Unit) -> draws.Drawn:
         """The examples of a run; out of distribution those of the dataset that is tuned on."""
-        name = DATASETS[unit.dataset].tuned_on if unit.protocol == "out-of-distribution" else unit.dataset
-        return draws.of(unit.protocol, self.data[name], unit.shots, unit.seed)
+        return draws.of(unit.protocol, self.data[trained_on(unit)], unit.shots, unit.seed)
 
     def decides(self, unit: Unit, data: Dataset) -> dict[str, Any]:
         """All that decides a run's result beside its examples and its upstream."""
@@ -96,37 +98,38 @@ class Bench:
         return self._kept[1]
 
     def _finetuned(self, unit: Unit, start: Start, data: draws.Drawn) -> tuple[float, float | None]:
-        stage = self._stage(unit)
-        rule, ood = finetune.rule_for(stage, data), unit.protocol == "out-of-distribution"
+        stage, decides = self._stage(unit), self.decides(unit, data)
+        rule = finetune.rule_for(stage, data)
         model = self._network(unit, start, data)
-        config_hash, data_hash = receipt.hash_of(str(self.decides(unit, data))), data.fingerprint
-        tuned = self.work / f"tuned-{receipt.hash_of(start.sha256, config_hash, data_hash)}.npz"
-        if ood and tuned.is_file():
-            npz.load(model, tuned)
+        own = receipt.hash_of(start.sha256, str(decides), data.fingerprint)
+        tuned, history = self.work / f"tuned-{own}.npz", None
+        if self.keep and tuned.is_file():
+            npz.load(model, tuned).to(self.world.device)
         else:
             recipe = finetune.recipe_for(stage, rule, data.multi_label)
             recipe = memory.prepare(model, replace(recipe, evaluate_every=recipe.steps), stage, rule.crop, self.world)
-            name = f"benchmark-{unit.dataset}-{receipt.hash_of(start.sha256, config_hash, data_hash)}"
-            decides = self.decides(unit, data) | {"upstream": start.sha256, "data": data_hash}
-            view = self._view(unit, rule.resize, rule.crop)
+            decides |= {"upstream": start.sha256, "data": data.fingerprint}
+            name, view = f"benchmark-{unit.dataset}-{own}", self._view(unit, rule.resize, rule.crop)
             history = fit(model, recipe, data, view, self.world, name=name, decides=decides, record=lambda *_: None)
-            accuracy = history["test_accuracy"][-1][1]
-        if ood:
-            npz.save(model, tuned)
-            return self._mapped(model.to(self.world.device), unit, data, rule.crop), None
-        validation = None
-        if "validation" in data.splits:
-            split = data.split("validation")
-            given = inference.predict(model, split, rule.crop, 128, data.multi_label)
-            validation = inference.score(given, split.targets())["accuracy"]
+            if self.keep:
+                npz.save(model, tuned)
+        if unit.protocol == "out-of-distribution":
+            return self._mapped(model, unit, data, rule.crop), None
+        accuracy = history["test_accuracy"][-1][1] if history else self._accuracy(model, data, "test", rule.crop)
+        validation = self._accuracy(model, data, "validation", rule.crop) if "validation" in data.splits else None
         return accuracy, validation
+
+    def _accuracy(self, model: ResNet, data: Dataset, name: str, crop: int) -> float:
+        split = data.split(name)
+        answers = inference.predict(model, split, crop, BATCH, data.multi_label)
+        return inference.score(answers, split.targets())["accuracy"]
 
     def _mapped(self, model: ResNet, unit: Unit, tuned_on: Dataset, crop: int) -> float:
         """Share of the other dataset's pictures whose answer, of all classes tuned on, its mapping calls right."""
         data = self.data[unit.dataset]
         right = mapping(data, tuned_on.classes)
         split = data.split("test")
-        given = inference.predict(model, split, crop, 128, data.multi_label).argmax(1)
+        given = inference.predict(model, split, crop, BATCH, data.multi_label).argmax(1)
         counted = [
             answer in right[label] for answer, label in zip(given, split.targets(), strict=True) if label in right
         ]
@@ -137,7 +140,7 @@ class Bench:
         return stage.model_copy(update={"seed": unit.seed, "steps": self.steps or stage.steps})
 
     def _view(self, unit: Unit, resize: int, crop: int) -> View:
-        row, stage = DATASETS[unit.dataset], self.config.finetune
+        row, stage = DATASETS[trained_on(unit)], self.config.finetune
         return View(resize, crop, row.flips and stage.flips, row.crops and stage.crops)
 
     def _network(self, unit: Unit, start: Start, data: Dataset) -> ResNet:
@@ -149,6 +152,11 @@ class Bench:
         if self.config.benchmark.head_std:
             torch.nn.init.normal_(model.head.weight, std=self.config.benchmark.head_std)
         return model
+
+
+def trained_on(unit: Unit) -> str:
+    """The dataset whose examples a run trains on."""
+    return DATASETS[unit.dataset].tuned_on if unit.protocol == "out-of-distribution" else unit.dataset
 
 
 def mapping(data: Dataset, classes: list[str]) -> dict[int, set[int]]:

@@ -95,11 +95,13 @@ def by_dataset(suite: Suite, rows: Sequence[Row], starts: Mapping[Upstream, Star
     ours = list(dict.fromkeys(key[1:] for key in told))
     heads = [f"{arch}, {upstream}: {METHODS[str(method)]}" for method, arch, upstream in ours]
     names = list(dict.fromkeys(str(key[0]) for key in told))
+    # Published are full transfers, which stand beside nothing that trained on 1,000 examples.
+    published = {} if suite.protocol == "vtab-1k" else PUBLISHED
     lines = []
     for name in names:
         cells = [str(told[(name, *key)]) if (name, *key) in told else "—" for key in ours]
-        lines.append([name, *cells, *(PUBLISHED[model].get(name, "") for model in PUBLISHED)])
-    table = markdown(["dataset", *heads, *(f"{model}, published" for model in PUBLISHED)], lines)
+        lines.append([name, *cells, *(figures.get(name, "") for figures in published.values())])
+    table = markdown(["dataset", *heads, *(f"{model}, published" for model in published)], lines)
     return [_vtab(rows, ours), table] if suite.protocol == "vtab-1k" else [table]
 
 
@@ -140,12 +142,14 @@ def differences(
         "(14 million pictures), BiT-L JFT-300M",
         f"HyperRule `{stage.preset}` ({resize} → {crop} pixels from 96 × 96 on, 160 → 128 below)"
         + (f", deviating in {', '.join(f'{key}={value}' for key, value in stated.items())}" if stated else ""),
-        f"weight decay {stage.weight_decay if stage.weight_decay is not None else PRESETS[stage.preset][2]:g} (paper: 0)",
         f"the head starts from a normal draw of deviation {config.benchmark.head_std:g} by the seed (paper: zero)"
         if config.benchmark.head_std
         else "the head starts at zero, as the paper's: only draws and order differ between seeds",
         f"{suite.seeds} seeds draw the examples, their order and the head",
     ]
+    decay = PRESETS[stage.preset][2] if stage.weight_decay is None else stage.weight_decay
+    if decay:
+        lines.append(f"weight decay {decay:g} (paper: 0)")
     if suite.protocol == "vtab-1k":
         lines.append(
             "trained on 800 examples, the 200 for validation choose nothing (the HyperRule has nothing to choose)"

@@ -157,6 +157,7 @@ def test_vtab_trains_on_800_and_validates_on_200(project: Path) -> None:
     assert "| network | natural | specialized | structured | mean of the tasks |" in table
     assert "| BiT-L, published |  |  |  | 76.3 |" in table
     assert is_drawn(Path("runs/benchmark/vtab/by_group.png"))
+    assert "BiT-M" not in table.partition("What differs")[0]  # published are full transfers
     own = [row for row in told if row["method"] == "ridge"]
     svhn = report.figure([row["accuracy"] for row in own if row["dataset"] == "svhn"])
     accuracy = [sum(row["accuracy"] for row in own if row["seed"] == seed) / 2 for seed in range(3)]
@@ -175,6 +176,7 @@ def test_out_of_distribution_asks_the_tuned_network_through_the_mapping(project:
         ("out-of-distribution", "objectnet"),
     ]
     assert len(told) == 6
+    assert len(list(Path("runs/benchmark/upstreams").glob("tuned-*.npz"))) == 3  # tuned once for both questions
     table = Path("runs/benchmark/ood/table.md").read_text()
     assert "| dataset | R14x0.5, upstream: fine-tuning | BiT-M R50x1, published |" in table
     assert "80.68" in table
