@@ -23,8 +23,9 @@ class Cache:
         self._known: dict[str, list[str]] = {}
         if self.index.is_file():
             try:
-                self._known = json.loads(self.index.read_text())
-            except ValueError:
+                read = json.loads(self.index.read_text())
+                self._known = {key: [str(version), str(sha256)] for key, (version, sha256) in read.items()}
+            except (ValueError, TypeError, AttributeError):
                 log.warning("%s is damaged; it will be written anew", self.index)
 
     def remembered(self) -> set[Wanted]:
@@ -72,6 +73,18 @@ class Cache:
                     path.unlink(missing_ok=True)
         except OSError as error:
             log.warning("%s cannot be written: %s", self.index, error)
+
+    def forget(self, tenant: str, alias: str) -> None:
+        """The alias is gone from the registry: its export goes too, unless another alias has the same."""
+        before = self._known.pop(f"{tenant}/{alias}", None)
+        if before is None:
+            return
+        try:
+            self._write(self.index, json.dumps(self._known, indent=1, sort_keys=True).encode())
+            if (sha256 := before[1]) not in {digest for _, digest in self._known.values()}:
+                (self.folder / f"{sha256}.onnx").unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s@%s cannot be removed from %s: %s", tenant, alias, self.folder, error)
 
     def _write(self, path: Path, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

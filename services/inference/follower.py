@@ -79,18 +79,29 @@ class Follower:
         self._forget(self.models.drop(tenant))
 
     def look(self) -> None:
-        """One look at the registry. Raises RegistryDown."""
+        """One look at the registry. Raises RegistryDown, also where it failed for some only: after all others were dealt with."""
         wanted = self._ours(self.registry.poll())
         pointed = set(self.models.aliases())
-        for gone in {(w.tenant, w.alias) for w in pointed} - {(w.tenant, w.alias) for w in wanted}:
+        known = pointed | self._ours(self.registry.remembered())
+        for gone in {(w.tenant, w.alias) for w in known} - {(w.tenant, w.alias) for w in wanted}:
             self.models.unpoint(*gone)
+            self.registry.forget(*gone)
             log.info("%s@%s is no longer in the registry: removed", *gone)
         for stale in set(self.refused) - wanted:
             del self.refused[stale]
-            self.metrics.refused.labels(stale.tenant, stale.version).set(0)
+            if not any((w.tenant, w.version) == (stale.tenant, stale.version) for w in self.refused):
+                self.metrics.refused.remove(stale.tenant, stale.version)
+        down: RegistryDown | None = None
         for item in sorted(wanted - pointed - set(self.refused), key=self._first):
-            self._swap(item)
+            try:
+                self._swap(item)
+            except RegistryDown as error:
+                log.warning("%s version %s cannot be had: %s", item.tenant, item.version, error)
+                down = down or error
         self._forget(self.models.tidy())
+        if down is not None:
+            self.polled = self.polled or bool(self.models.aliases())  # nothing at all is no start
+            raise down
 
     def _ours(self, known: set[Wanted]) -> set[Wanted]:
         return {item for item in known if item.tenant in self.only} if self.only else known
@@ -107,16 +118,25 @@ class Follower:
             elif any((w.tenant, w.alias) == (item.tenant, item.alias) for w in self.models.aliases()):
                 self._ensure(item)  # others must give way: what is served now must not turn cold by a promotion
         except Refused as error:
-            self.refused[item] = str(error)
-            self.metrics.refused.labels(item.tenant, item.version).set(1)
             log.error("%s version %s refused: %s", item.tenant, item.version, error)
-            self._report(item, f"refused: {error} ({timestamp()})")
+            self._refuse(item, str(error))
+            return
+        except RegistryDown:
+            raise
+        except Exception:  # what one tenant's version ran into must not keep the others from their turn
+            log.exception("%s version %s cannot be loaded", item.tenant, item.version)
+            self._refuse(item, "it cannot be loaded; see the log")
             return
         old = self.models.point(item)
         self.metrics.swaps.labels(item.tenant).inc()
         log.info("%s@%s is version %s now (before: %s)", item.tenant, item.alias, item.version, old or "none")
         state = "live" if item.alias == CHAMPION else "on trial"
         self._report(item, f"{state} since {timestamp()}")
+
+    def _refuse(self, item: Wanted, why: str) -> None:
+        self.refused[item] = why
+        self.metrics.refused.labels(item.tenant, item.version).set(1)
+        self._report(item, f"refused: {why} ({timestamp()})")
 
     def _ensure(self, item: Wanted) -> Served:
         """The version in memory: found there, or loaded."""
@@ -151,6 +171,8 @@ class Follower:
             self.registry.report(item, state)
         except (RegistryDown, Refused) as error:
             log.warning("%s version %s: cannot write %r back: %s", item.tenant, item.version, state, error)
+        except Exception:
+            log.exception("%s version %s: cannot write %r back", item.tenant, item.version, state)
 
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
@@ -168,14 +190,15 @@ class Follower:
 
     def _look_safely(self) -> None:
         try:
-            self.look()
-            self.metrics.registry_up.set(1)
-            self.polled = True
-        except RegistryDown as error:
-            self.metrics.registry_up.set(0)
-            log.warning("%s; what is served stays", error)
-            if not self.polled:
-                self.polled = self._remember()
+            try:
+                self.look()
+                self.metrics.registry_up.set(1)
+                self.polled = True
+            except RegistryDown as error:
+                self.metrics.registry_up.set(0)
+                log.warning("%s; what is served stays", error)
+                if not self.polled:
+                    self.polled = self._remember()
         except Exception:  # the follower must outlive whatever one look ran into
             log.exception("a look at the registry failed; what is served stays")
 
@@ -197,6 +220,8 @@ class Follower:
             result = error
         with self._lock:
             future = self._loads.pop((item.tenant, item.version))
+        if not future.set_running_or_notify_cancel():
+            return  # nobody waits any more; an answer would be an error
         if isinstance(result, Served):
             future.set_result(result)
         else:

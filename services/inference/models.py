@@ -114,6 +114,7 @@ class Models:
         """Takes a version into memory; returns those that gave way."""
         with self._lock:
             self._pool[served.tenant, served.version] = served
+            self._left(served.tenant, served.version)  # its alias may have moved on while it was loading
             return self._evict(served)
 
     def point(self, wanted: Wanted) -> str | None:

@@ -184,7 +184,7 @@ class Pages:
             raise self.follower.not_found(error, name) from None
         except Cold as cold:
             try:
-                return await asyncio.wrap_future(self.follower.load(cold))
+                return await asyncio.shield(asyncio.wrap_future(self.follower.load(cold)))  # others wait for it too
             except (Refused, RegistryDown) as error:
                 raise Unavailable(f"{name!r} cannot be loaded", 10) from error
 

@@ -1,6 +1,7 @@
 """Where versions come from: MLflow's registry over REST, or a folder of exports. Two implementations of one seam."""
 
 import hashlib
+import logging
 import os
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from services.inference.aliases import ALIASES, CHAMPION, Wanted
 from services.inference.cache import Cache
 from services.inference.errors import Refused
 
+log = logging.getLogger("bit.registry")
 UPSTREAM_MODEL = "bit-upstream"  # weights for training, nothing to serve
 PROMOTIONS = "promotions"  # experiment that holds the history of every tenant's champion
 EXPORT = "model.onnx"
@@ -24,7 +26,7 @@ class RegistryDown(Exception):
 
 
 class Registry(Protocol):
-    """Every method but `remembered` may raise RegistryDown; `fetch`, `size_bytes` and `report` also Refused."""
+    """Every method but `remembered` and `forget` may raise RegistryDown; `fetch`, `size_bytes` and `report` also Refused."""
 
     def poll(self) -> set[Wanted]:
         """What should be served."""
@@ -41,6 +43,9 @@ class Registry(Protocol):
     def report(self, wanted: Wanted, state: str) -> None:
         """Notes what became of a version: for a later start without the registry, and for the person who promoted it."""
 
+    def forget(self, tenant: str, alias: str) -> None:
+        """The alias is gone: a later start without the registry must not serve it again. Raises nothing."""
+
 
 class FolderRegistry:
     """`<tenant>.onnx` files in a folder, each the champion of its tenant (`<tenant>@challenger.onnx`: the challenger).
@@ -51,14 +56,23 @@ class FolderRegistry:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._hashes: dict[Path, tuple[tuple[int, int, int], str]] = {}
+        self._device: int | None = None  # st_dev of the folder when it was looked at last
 
     def poll(self) -> set[Wanted]:
         wanted = set()
         try:
-            for path in self.folder.glob("*.onnx"):
+            device = self.folder.stat().st_dev  # a folder that isn't there is no empty one
+            paths = sorted(path for path in self.folder.iterdir() if path.suffix == ".onnx")
+            if not paths and self._device not in (None, device):
+                raise RegistryDown(
+                    f"{self.folder} is empty and on another file system than before: is it still mounted?"
+                )
+            self._device = device
+            for path in paths:
                 tenant, _, alias = path.stem.partition("@")
-                if not tenant.startswith(".") and alias in ("", *ALIASES):
-                    wanted.add(Wanted(tenant, alias or CHAMPION, self._sha256(path)[:12]))
+                served = not tenant.startswith(".") and alias in ("", *ALIASES)
+                if served and (digest := self._sha256(path)) is not None:
+                    wanted.add(Wanted(tenant, alias or CHAMPION, digest[:12]))
         except OSError as error:
             raise RegistryDown(f"{self.folder} cannot be read: {error}") from error
         return wanted
@@ -85,19 +99,25 @@ class FolderRegistry:
     def report(self, wanted: Wanted, state: str) -> None:
         """A folder has no place for notes: the log and the API say it."""
 
+    def forget(self, tenant: str, alias: str) -> None:
+        """Nothing was remembered."""
+
     def _path(self, wanted: Wanted) -> Path:
         suffix = "" if wanted.alias == CHAMPION else f"@{wanted.alias}"
         return self.folder / f"{wanted.tenant}{suffix}.onnx"
 
-    def _sha256(self, path: Path) -> str:
-        """Read again only when inode, size or time of change differ."""
-        stat = path.stat()
-        seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    def _sha256(self, path: Path) -> str | None:
+        """Read again only when inode, size or time of change differ. One that cannot be read is what it was, None at first."""
         known = self._hashes.get(path)
-        if known is None or known[0] != seen:
-            with path.open("rb") as file:
-                known = self._hashes[path] = (seen, hashlib.file_digest(file, "sha256").hexdigest())
-        return known[1]
+        try:
+            stat = path.stat()
+            seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            if known is None or known[0] != seen:
+                with path.open("rb") as file:
+                    known = self._hashes[path] = (seen, hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:  # one tenant's file must not keep the others from their turn
+            log.warning("%s cannot be read: %s", path, error)
+        return known[1] if known else None
 
 
 class MLflowRegistry:
@@ -160,6 +180,9 @@ class MLflowRegistry:
         self._send("POST", f"{API}/model-versions/set-tag", json=tag)
         if wanted.alias == CHAMPION and state.startswith("live"):
             self._record(wanted)
+
+    def forget(self, tenant: str, alias: str) -> None:
+        self.cache.forget(tenant, alias)
 
     def _record(self, wanted: Wanted) -> None:
         """Writes a promotion that nobody wrote down (an alias moved by hand in the UI) into the history.

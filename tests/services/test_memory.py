@@ -1,9 +1,12 @@
 """More models than memory, rollbacks, and a registry that is down: what stays served, and at what cost."""
 
+import base64
 import hashlib
 import json
+import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +15,10 @@ import pytest
 from services.inference.aliases import Wanted
 from services.inference.cache import Cache
 from services.inference.engine import Session
+from services.inference.follower import Follower
+from services.inference.metrics import Metrics
 from services.inference.models import Cold, Models, Served
+from services.inference.registry import FolderRegistry, RegistryDown
 from tests.services.exports import export, gray_png
 from tests.services.running import Folder, MLflow, Service, bit_serve, mlflow_server
 
@@ -59,6 +65,111 @@ def test_only_the_newest_replaced_version_stays_warm(session: Session) -> None:
         models.point(Wanted("a", "champion", version))
     assert [one.version for one in models.tidy()] == ["1"]
     assert {one.version for one in models.all()} == {"2", "3"}
+
+
+def test_a_version_whose_alias_moved_while_it_was_loading_does_not_stay(session: Session) -> None:
+    models = Models()
+    models.put(served(session, "a", "2"))
+    models.point(Wanted("a", "champion", "2"))
+    models.put(served(session, "a", "1"))  # a request asked for it when it was the champion
+    models.put(served(session, "a", "3"))
+    models.point(Wanted("a", "champion", "3"))
+    assert [one.version for one in models.tidy()] == ["1"]
+    models.point(Wanted("a", "champion", "2"))
+    assert models.find("a")[0].replaced is None
+
+
+def follower(registry: FolderRegistry) -> Follower:
+    return Follower(registry, Models(), Metrics(), 0.1, 1)
+
+
+def test_one_tenants_trouble_does_not_keep_the_others_from_their_turn(tmp_path: Path) -> None:
+    good, golden = export(), base64.b64encode(gray_png(200))
+    (tmp_path / "a.onnx").write_bytes(good)
+    (tmp_path / "b.onnx").write_bytes(good.replace(golden, b"A" * len(golden)))  # a golden picture that is none
+    (tmp_path / "c.onnx").symlink_to("nowhere")
+    (tmp_path / "d.onnx").write_bytes(good)
+    registry = FolderRegistry(tmp_path)
+    following = follower(registry)
+    assert len(registry.poll()) == 3
+    stat = (tmp_path / "a.onnx").stat()
+    (tmp_path / "a.onnx").write_bytes(good[:-1] + b"?")  # the same to a look at the folder, another file to its reader
+    os.utime(tmp_path / "a.onnx", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(RegistryDown, match=r"a\.onnx is being replaced"):
+        following.look()
+    assert [(one.tenant, one.alias) for one in following.models.aliases()] == [("d", "champion")]
+    assert [(one.tenant, why) for one, why in following.refused.items()] == [("b", "it cannot be loaded; see the log")]
+    assert following.polled
+    (tmp_path / "b.onnx").unlink()
+    (tmp_path / "a.onnx").write_bytes(good)
+    following.look()
+    assert [one.tenant for one in following.models.aliases()] == ["a", "d"]
+    series = [
+        s.labels for m in following.metrics.registry.collect() for s in m.samples if s.name == "bit_refused_version"
+    ]
+    assert series == [], "of a version that is gone nothing is told, not even 0"
+
+
+def test_a_registry_that_is_down_for_all_is_no_start(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(export())
+    registry = FolderRegistry(tmp_path)
+    following, [wanted] = follower(registry), registry.poll()
+    stat = (tmp_path / "a.onnx").stat()
+    (tmp_path / "a.onnx").write_bytes(export()[:-1] + b"?")
+    os.utime(tmp_path / "a.onnx", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert registry.poll() == {wanted}
+    with pytest.raises(RegistryDown):
+        following.look()
+    assert not following.polled
+
+
+class Unreadable(FolderRegistry):
+    """A registry that is down beside a cache on a broken disk."""
+
+    def poll(self) -> set[Wanted]:
+        raise RegistryDown("it does not answer")
+
+    def remembered(self) -> set[Wanted]:
+        raise OSError(5, "Input/output error")
+
+
+def test_the_follower_outlives_a_broken_cache_and_those_who_no_longer_wait(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(export())
+    [wanted] = FolderRegistry(tmp_path).poll()
+    following = follower(Unreadable(tmp_path))
+    left = following.load(Cold(Wanted("b", "champion", "1")))
+    assert left.cancel()
+    following.start()
+    try:
+        assert following.load(Cold(wanted)).result(timeout=20).version == wanted.version
+    finally:
+        following.stop()
+
+
+def test_a_folder_that_is_gone_takes_no_tenant_along(tmp_path: Path) -> None:
+    """Not mounted, or misspelt at the start: nothing changes, and nobody is told that the service is ready."""
+    folder, mounted = tmp_path / "exports", tmp_path / "mounted"
+    following = follower(FolderRegistry(folder))
+    with pytest.raises(RegistryDown, match="No such file"):
+        following.look()
+    mounted.mkdir()
+    (mounted / "a.onnx").write_bytes(export())
+    folder.symlink_to(mounted)
+    following.look()
+    folder.unlink()
+    with pytest.raises(RegistryDown):
+        following.look()
+    folder.symlink_to(
+        "/proc/sys"
+    )  # what is seen of a mount point once its file system is gone: an empty folder of another
+    with pytest.raises(RegistryDown, match="is it still mounted"):
+        following.look()
+    assert [one.tenant for one in following.models.aliases()] == ["a"]
+    folder.unlink()
+    folder.symlink_to(mounted)
+    (mounted / "a.onnx").unlink()
+    following.look()
+    assert following.models.aliases() == []
 
 
 def padded(number: int) -> bytes:
@@ -142,13 +253,25 @@ def loads(service: Service) -> float:
 
 
 def test_while_mlflow_is_down_the_verified_cache_serves(tmp_path: Path) -> None:
+    def kept() -> int:
+        return len(list((tmp_path / "cache").glob("*.onnx")))
+
     with mlflow_server(tmp_path) as uri:
         store = MLflow(uri, tmp_path)
         version = store.publish("lamps", export())
+        for tenant in ("gone", "later"):
+            store.publish(tenant, export(classes=[tenant, "bright"]))
         with bit_serve(store, tmp_path) as service:
             service.wait_until("lamps", version)
-    # MLflow has ended. A new instance starts from what the last one knew.
+            assert kept() == 3
+            store.client.delete_registered_model_alias("gone", "champion")
+            wait_for(lambda: kept() == 2)
+        store.client.delete_registered_model_alias("later", "champion")  # while no instance runs
+        with bit_serve(store, tmp_path):
+            wait_for(lambda: kept() == 1)
+    # MLflow has ended. A new instance starts from what the last one knew, without what was taken out of the registry.
     with bit_serve(store, tmp_path) as service:
+        assert [one["tenant"] for one in service.http.get("/v1/tenants").json()["served"]] == ["lamps"]
         answer = service.classify("lamps", gray_png(10)).json()
         assert (answer["version"], answer["predictions"][0]["class"]) == (version, "dark")
         assert "bit_registry_up 0.0" in service.http.get("/metrics").text
@@ -159,6 +282,13 @@ def test_while_mlflow_is_down_the_verified_cache_serves(tmp_path: Path) -> None:
         time.sleep(1)
         assert service.http.get("/v2/health/ready").status_code == 503
         assert service.classify("lamps", gray_png(10)).status_code == 404
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_an_alias_moved_by_hand_is_written_to_the_history_once(tmp_path: Path) -> None:
