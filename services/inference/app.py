@@ -127,9 +127,12 @@ class App:
             data, extra = orjson.dumps({"error": f"internal error; request id {exchange.request_id}"}), [JSON]
         finally:
             self.in_flight -= 1
-        if len(data) > LONG_ANSWER and (shrunk := bodies.compress(data, exchange.headers.get(b"accept-encoding", b""))):
-            data = shrunk[0]
-            extra.append(shrunk[1])
+        if len(data) > LONG_ANSWER and (coding := bodies.accepted(exchange.headers.get(b"accept-encoding", b""))):
+            if len(data) > LONG_BODY:  # seconds for tens of megabytes, in which nobody else would be answered
+                data = await asyncio.to_thread(bodies.compress, data, coding)
+            else:
+                data = bodies.compress(data, coding)
+            extra.append((b"content-encoding", coding))
         if self.draining.is_set():
             extra.append(bodies.CLOSE)
         extra += [(b"content-length", b"%d" % len(data)), (b"x-request-id", exchange.request_id.encode("latin-1"))]
@@ -142,17 +145,19 @@ class App:
         headers, limit = exchange.headers, self.settings.max_body_bytes
         if exchange.scope["method"] != "POST":
             raise MethodNotAllowed(f"{exchange.scope['method']} is not allowed here; use POST", "POST")
-        self.tenants.authorize(exchange.tenant, headers)
+        exchange.asker = self.tenants.authorize(exchange.tenant, headers)
         size = bodies.announced(headers, limit)
         exchange.deadline = exchange.began + exchange.timeout_s(self.settings.timeout_ms)
         exchange.served, exchange.alias = await self._find(exchange)
         self.scheduler.check(exchange.tenant)
         with self.tenants.admit(exchange.tenant, size) as quota:
             exchange.quota = quota
-            body = await bodies.read(receive, headers, limit, self.room)
+            came = bodies.Counted(receive)
             try:
-                if not size:
-                    self.tenants.charge(exchange.tenant, len(body))
+                body = await bodies.read(came if not size else receive, headers, limit, self.room)
+            finally:  # also what came of a body that was refused
+                self.tenants.charge(exchange.tenant, came.size_bytes)
+            try:
                 return await self._reply(exchange, body)
             finally:
                 self.room.give_back(len(body))
@@ -167,7 +172,7 @@ class App:
     async def _find(self, exchange: Exchange) -> tuple[Served, str]:
         """The version asked for, loaded first where it isn't in memory. Raises NotFound, Unavailable, DeadlineExceeded."""
         try:
-            return self.models.find(exchange.name, exchange.wanted)
+            return self.models.find(exchange.name, exchange.wanted, exchange.asker)
         except NotFound as error:
             raise self.follower.not_found(error, exchange.name) from None
         except Cold as error:

@@ -29,6 +29,18 @@ def announced(headers: dict[bytes, bytes], limit: int) -> int:
     return size
 
 
+class Counted:
+    """Counts the bytes of a body whose length no header told."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.receive, self.size_bytes = receive, 0
+
+    async def __call__(self) -> MutableMapping[str, Any]:
+        message = await self.receive()
+        self.size_bytes += len(message.get("body", b""))
+        return message
+
+
 class Room:
     """Memory for the bodies of all requests that are read or answered at once: many slow clients cannot fill the machine's."""
 
@@ -99,13 +111,18 @@ def decompress(body: bytes, wbits: int, limit: int) -> bytes:
     return data
 
 
-def compress(data: bytes, accepted: bytes) -> tuple[bytes, tuple[bytes, bytes]] | None:
-    """The data in the first content coding that the client accepts; None where it accepts none."""
-    for coding, wbits in WINDOW.items():
-        if coding in accepted:
-            engine = zlib.compressobj(1, zlib.DEFLATED, wbits)
-            return engine.compress(data) + engine.flush(), (b"content-encoding", coding)
-    return None
+def accepted(header: bytes) -> bytes | None:
+    """The first content coding that the client accepts, None where it accepts none (RFC 9110, section 12.5.3)."""
+    told = {}
+    for part in header.lower().split(b","):
+        coding, _, weight = part.partition(b";")
+        told[coding.strip()] = weight.replace(b" ", b"").rstrip(b".0") != b"q="  # q=0: refused
+    return next((coding for coding in WINDOW if told.get(coding)), None)
+
+
+def compress(data: bytes, coding: bytes) -> bytes:
+    engine = zlib.compressobj(1, zlib.DEFLATED, WINDOW[coding])
+    return engine.compress(data) + engine.flush()
 
 
 def pictures(body: bytes, headers: dict[bytes, bytes], limit: int) -> tuple[list[bytes], list[str] | None]:

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs
 
 from services.inference.errors import BadRequest, Headers
 from services.inference.models import Served
-from services.inference.tenants import Quota
+from services.inference.tenants import ANYBODY, Quota
 
 Scope = MutableMapping[str, Any]
 Route = tuple[str, str, str | None]  # action, name, version
@@ -44,6 +44,7 @@ class Exchange:
     deadline: float = 0.0
     served: Served | None = None
     alias: str = ""
+    asker: str = ANYBODY  # whose key the request carries
     quota: Quota = NO_QUOTA
     timings: dict[str, float] = field(default_factory=dict)
     request_id: str = ""

@@ -24,7 +24,7 @@ def activation_map(
 
 def overlay(picture: bytes, heat: NDArray[np.float32], max_pixels: int) -> str:
     """The picture with the map laid over it, as a PNG in a data: URL. What spoke against the class stays uncoloured."""
-    image = preprocess.decode(picture, max_pixels=max_pixels)
+    image = preprocess.decode(picture, LONGEST_SIDE, max_pixels)
     scale = min(1.0, LONGEST_SIDE / max(image.shape[:2]))
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)

@@ -227,9 +227,8 @@ class Follower:
         else:
             log.error("%s version %s cannot be loaded: %s", item.tenant, item.version, result)
             future.set_exception(result)
-        del (
-            result
-        )  # its traceback holds this frame, and so the session: a ring that only a collection of garbage would open
+        # Its traceback holds this frame, and so the session: a ring that only a collection of garbage would open.
+        del result
 
 
 def resident_bytes() -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from services.inference.aliases import ALIASES, CHAMPION, Wanted
 from services.inference.engine import Session
 from services.inference.errors import NotFound
+from services.inference.tenants import ANYBODY
 
 KEEP_REPLACED_S = 900.0  # a version that was replaced stays warm this long, so that a rollback is instant
 
@@ -67,9 +68,9 @@ class Models:
         self._aliases: dict[tuple[str, str], str] = {}
         self._lock = threading.Lock()
 
-    def find(self, name: str, version: str | None = None) -> tuple[Served, str]:
+    def find(self, name: str, version: str | None = None, asker: str = ANYBODY) -> tuple[Served, str]:
         """The version that `<tenant>` or `<tenant>@<alias>` stands for, and the alias (empty where a version was asked for
-        that no alias has any more). Raises NotFound with the choices, Cold where it must be loaded first.
+        that no alias has any more). Raises NotFound with the choices that the asker may see, Cold where it must be loaded first.
         """
         asked = name if version is None else f"{name} version {version}"
         tenant, _, alias = name.partition("@")
@@ -86,7 +87,8 @@ class Models:
                 return served, alias
             if alias:
                 raise Cold(Wanted(tenant, alias, version))
-        known = [f"{w.tenant}@{w.alias} (version {w.version})" for w in self.aliases(tenant) or self.aliases()]
+        shown = self.aliases(tenant) or (self.aliases() if asker == ANYBODY else [])
+        known = [f"{w.tenant}@{w.alias} (version {w.version})" for w in shown]
         more = f" and {len(known) - 10} more" if len(known) > 10 else ""
         raise NotFound(f"{asked!r} is not served. Served now: {', '.join(known[:10]) or 'nothing yet'}{more}.")
 

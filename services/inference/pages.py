@@ -92,9 +92,9 @@ class Pages:
         return JSONResponse(told)
 
     async def model_ready(self, request: Request) -> Response:
-        self._authorize(request)
+        asker = self._authorize(request)
         try:
-            self.models.find(request.path_params["name"], request.path_params.get("version"))
+            self.models.find(request.path_params["name"], request.path_params.get("version"), asker)
         except Cold:
             raise Unavailable("the model isn't in memory; a request loads it") from None
         return JSONResponse({"ready": True})
@@ -139,10 +139,10 @@ class Pages:
 
     async def load(self, request: Request) -> Response:
         """Takes a model's champion into memory now instead of with its first request."""
-        self._authorize(request)
+        asker = self._authorize(request)
         if (await _json(request)).get("parameters"):
             raise Unsupported("models come from the registry: neither `config` nor files can be given with a load")
-        await self._load(request.path_params["name"], None)
+        await self._load(request.path_params["name"], None, asker)
         return JSONResponse({})
 
     async def unload(self, request: Request) -> Response:
@@ -169,17 +169,16 @@ class Pages:
     def _owner(self, request: Request) -> str:
         return self.tenants.owner(dict(request.scope["headers"]))
 
-    def _authorize(self, request: Request) -> None:
-        self.tenants.authorize(request.path_params["name"].partition("@")[0], dict(request.scope["headers"]))
+    def _authorize(self, request: Request) -> str:
+        return self.tenants.authorize(request.path_params["name"].partition("@")[0], dict(request.scope["headers"]))
 
     async def _served(self, request: Request) -> tuple[Served, str]:
-        self._authorize(request)
-        name = request.path_params["name"]
-        return await self._load(name, request.path_params.get("version")), name
+        asker, name = self._authorize(request), request.path_params["name"]
+        return await self._load(name, request.path_params.get("version"), asker), name
 
-    async def _load(self, name: str, wanted: str | None) -> Served:
+    async def _load(self, name: str, wanted: str | None, asker: str) -> Served:
         try:
-            return self.models.find(name, wanted)[0]
+            return self.models.find(name, wanted, asker)[0]
         except NotFound as error:
             raise self.follower.not_found(error, name) from None
         except Cold as cold:

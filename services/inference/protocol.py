@@ -17,6 +17,9 @@ from services.inference.models import Served
 
 INPUTS = ("pixels", "picture")
 PLATFORM = "onnxruntime_onnx"
+LARGEST_JSON = (
+    4 * 2**20
+)  # bytes of tensors as float32; as text they are five times that, written while nobody else is answered
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def parse(body: bytes, json_length: int | None, resolution: int) -> InferRequest
             classification[name] = count
     identifier = request.get("id")
     names = tuple(str(output["name"]) for output in wanted)
+    if len(set(names)) < len(names):
+        raise BadRequest(f"each output can be asked for once, not {', '.join(names[:8])}")
     return InferRequest(None if identifier is None else str(identifier), data, names, frozenset(binary), classification)
 
 
@@ -146,7 +151,17 @@ def _pixels(tensor: dict[str, Any], raw: bytes, resolution: int) -> NDArray[np.u
 def render(
     served: Served, name: str, request: InferRequest, rows: list[NDArray[np.float32]]
 ) -> tuple[bytes, int | None]:
-    """The response's body and, where it ends in binary tensors, the length of its JSON part."""
+    """The response's body and, where it ends in binary tensors, the length of its JSON part. Raises BadRequest."""
+    as_text = [
+        (output, array.nbytes)
+        for output, array in zip(request.outputs, rows, strict=True)
+        if output not in request.binary and output not in request.classification
+    ]
+    if (size := sum(nbytes for _, nbytes in as_text)) > LARGEST_JSON:
+        raise BadRequest(
+            f"{', '.join(name for name, _ in as_text)}: {size:,} bytes of numbers, of which JSON holds {LARGEST_JSON:,}. "
+            'Ask for binary output ("parameters": {"binary_data": true}), or send fewer pictures.'
+        )
     outputs, tail = [], []
     for output, array in zip(request.outputs, rows, strict=True):
         told: dict[str, Any] = {"name": output, "shape": list(array.shape), "datatype": "FP32"}

@@ -14,15 +14,16 @@ import hashlib
 import json
 import os
 import secrets
+import string
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from services.inference.errors import Forbidden, TooManyRequests, Unauthorized
 
@@ -30,12 +31,24 @@ ANYBODY = "*"
 Headers = dict[bytes, bytes]
 
 
+def _digest(text: str) -> str:
+    """The text is not told: what stands where a hash belongs is a plain key more often than not."""
+    if len(text) != 64 or set(text.lower()) - set(string.hexdigits):
+        raise ValueError(
+            f"{len(text)} characters that are no SHA-256 (64 hex digits); `bit-serve-key TENANT --file FILE` makes a key "
+            "and writes its hash"
+        )
+    return text.lower()
+
+
 class Quota(BaseModel):
     """What one tenant may ask for; None is no limit. weight: its share of the machine beside other tenants' weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    keys: frozenset[str] = Field(frozenset(), description="SHA-256 of each key, as hex")
+    keys: frozenset[Annotated[str, AfterValidator(_digest)]] = Field(
+        frozenset(), description="SHA-256 of each key, as hex"
+    )
     requests_per_s: float | None = Field(None, gt=0)
     concurrent: int | None = Field(None, ge=1)
     bytes_per_s: float | None = Field(None, gt=0)
@@ -58,7 +71,7 @@ class Bucket:
         self.level, self.at = max(1.0, self.rate), self.clock()
 
     def wait_s(self, amount: float) -> float:
-        """Takes `amount` and returns 0, or takes nothing and returns the seconds until it would.
+        """Seconds until `amount` may be taken, 0 for now.
 
         What is larger than the whole bucket is let through when it is full: then the debt delays those after it.
         """
@@ -66,10 +79,11 @@ class Bucket:
         self.level = min(max(1.0, self.rate), self.level + (now - self.at) * self.rate)
         self.at = now
         needed = min(amount, max(1.0, self.rate))
-        if self.level < needed:
-            return (needed - self.level) / self.rate
+        return max(0.0, needed - self.level) / self.rate
+
+    def take(self, amount: float) -> None:
+        """Also more than there is: the debt delays those after it."""
         self.level -= amount
-        return 0.0
 
 
 class Gate:
@@ -109,8 +123,7 @@ class Tenants:
         try:
             quotas = FILE.validate_json(self.path.read_bytes())
         except ValidationError as error:
-            told = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'file'}: {p['msg']}" for p in error.errors())
-            raise ValueError(f"{self.path} is not a file of tenants: {told}") from None
+            raise ValueError(f"{self.path} is not a file of tenants: {_told(error)}") from None
         self._seen, self.quotas = seen, quotas
         self.owners = {digest: name for name, quota in quotas.items() for digest in quota.keys}
         self._gates = {}  # running requests finish on the gates that let them in
@@ -118,7 +131,7 @@ class Tenants:
 
     def owner(self, headers: Headers) -> str:
         """Whose key the request carries (`Authorization: Bearer …` or `X-Api-Key`). Raises Unauthorized."""
-        if not self.owners:
+        if self.path is None:  # not where no key is left: whose last key was revoked must not open all doors by that
             return ANYBODY
         key = headers.get(b"x-api-key", b"")
         scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
@@ -131,10 +144,11 @@ class Tenants:
             raise Unauthorized("nobody has this key; ask the operator of the service for one")
         return owner
 
-    def authorize(self, tenant: str, headers: Headers) -> None:
-        """Raises Unauthorized or Forbidden where the request's key does not open this tenant."""
-        if self.owner(headers) not in (tenant, ANYBODY):
+    def authorize(self, tenant: str, headers: Headers) -> str:
+        """The key's owner. Raises Unauthorized or Forbidden where the key does not open this tenant."""
+        if (owner := self.owner(headers)) not in (tenant, ANYBODY):
             raise Forbidden(f"this key is not one of {tenant!r}")
+        return owner
 
     @contextmanager
     def admit(self, tenant: str, size_bytes: int) -> Iterator[Quota]:
@@ -146,9 +160,13 @@ class Tenants:
         quota = gate.quota
         if quota.concurrent is not None and gate.running >= quota.concurrent:
             raise TooManyRequests(f"{quota.concurrent} requests of {tenant!r} are running, its limit")
-        for bucket, amount, unit in ((gate.requests, 1, "requests"), (gate.bytes, size_bytes, "bytes")):
-            if bucket is not None and (wait_s := bucket.wait_s(amount)):
+        asked = [(gate.requests, 1, "requests"), (gate.bytes, size_bytes, "bytes")]
+        limited = [(bucket, amount, unit) for bucket, amount, unit in asked if bucket is not None]
+        for bucket, amount, unit in limited:  # all are asked before one is taken from: a refusal costs nothing
+            if wait_s := bucket.wait_s(amount):
                 raise TooManyRequests(f"{tenant!r} is over its {bucket.rate:g} {unit} per second", wait_s)
+        for bucket, amount, _ in limited:
+            bucket.take(amount)
         gate.running += 1
         try:
             yield quota
@@ -159,7 +177,11 @@ class Tenants:
         """Counts a body whose length no header told (chunked): its debt delays those after it."""
         gate = self._gates.get(tenant)
         if gate is not None and gate.bytes is not None:
-            gate.bytes.level -= size_bytes
+            gate.bytes.take(size_bytes)
+
+
+def _told(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, p['loc'])) or 'file'}: {p['msg']}" for p in error.errors())
 
 
 def main() -> None:
@@ -178,7 +200,7 @@ def main() -> None:
     try:
         FILE.validate_python(known)
     except ValidationError as error:
-        sys.exit(f"bit-serve-key: {given.file} is not a file of tenants: {error}")
+        sys.exit(f"bit-serve-key: {given.file} is not a file of tenants: {_told(error)}")
     temporary = given.file.with_name(f".{given.file.name}.{os.getpid()}")
     temporary.write_text(json.dumps(known, indent=2) + "\n")
     temporary.chmod(0o600)

@@ -5,6 +5,7 @@ import base64
 import json
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 
 from services import preprocess
+from services.inference import bodies, explain, protocol
 from services.inference.engine import Session
+from services.inference.errors import BadRequest
 from services.inference.metrics import Metrics
 from services.inference.models import Served
 from services.inference.scheduler import Scheduler, Work
@@ -91,6 +94,45 @@ def test_the_overlay_is_the_picture_coloured_where_the_class_was_seen(lamps: Ser
     left, right = image[:, : SIDE // 2 - 2], image[:, SIDE // 2 + 2 :]
     assert np.ptp(left.astype(int).mean((0, 1))) < 3, "grey where nothing spoke for the class"
     assert np.ptp(right.astype(int).mean((0, 1))) > 30, "coloured where it did"
+
+
+def test_an_overlay_decodes_no_more_of_a_photograph_than_it_shows(picture: Callable[..., bytes]) -> None:
+    photograph = picture(2400, 1800, ".jpg")
+    told = explain.overlay(photograph, np.zeros((4, 4), np.float32), 50_000_000)
+    shown = cv2.imdecode(np.frombuffer(base64.b64decode(told.partition(",")[2]), np.uint8), cv2.IMREAD_COLOR)
+    scaled = preprocess.decode(photograph, explain.LONGEST_SIDE)
+    assert scaled.shape[0] < 1800
+    assert (shown == cv2.resize(scaled, (512, 384), interpolation=cv2.INTER_AREA)[..., ::-1]).all()
+
+
+def test_a_large_answer_is_compressed_where_that_is_accepted(lamps: Service) -> None:
+    tensor = {"name": "pixels", "datatype": "UINT8", "shape": [64, SIDE, SIDE, 3]}
+    request = {"inputs": [tensor | {"data": [3] * (64 * SIDE * SIDE * 3)}], "outputs": [{"name": "feature_map"}]}
+    plain, packed, refused = (
+        lamps.http.post("/v2/models/lamps/infer", json=request, headers={"accept-encoding": accepted})
+        for accepted in ("identity", "gzip", "gzip;q=0, deflate ; q=0.000")
+    )
+    assert int(packed.headers["content-length"]) < len(plain.content) / 10
+    assert packed.headers["content-encoding"] == "gzip"
+    assert packed.content == plain.content
+    assert "content-encoding" not in refused.headers
+    assert bodies.accepted(b"gzip;q=0, deflate;q=0.5") == b"deflate"
+
+
+def test_more_numbers_than_json_can_hold_are_refused_with_what_can(lamps: Service) -> None:
+    request = protocol.InferRequest(None, [], ("feature_map", "probabilities"), frozenset(), {})
+    served = Served("lamps", "1", "0" * 64, Session(export()), 0.0, 0)
+    rows = [np.zeros((64, 2048, 7, 7), np.float32), np.zeros((64, 2), np.float32)]
+    with pytest.raises(BadRequest, match=r"feature_map, probabilities: 25,690,624 bytes .*binary_data"):
+        protocol.render(served, "lamps", request, rows)
+    _, length = protocol.render(served, "lamps", replace(request, binary=frozenset(["feature_map"])), rows)
+    assert length
+    twice = {
+        "inputs": [{"name": "pixels", "datatype": "UINT8", "shape": [1, SIDE, SIDE, 3], "data": [1] * SIDE * SIDE * 3}]
+    }
+    answer = lamps.http.post("/v2/models/lamps/infer", json=twice | {"outputs": [{"name": "features"}] * 2})
+    assert answer.status_code == 400
+    assert "once" in answer.json()["error"]
 
 
 def test_each_request_is_one_line_of_the_access_log(lamps: Service) -> None:

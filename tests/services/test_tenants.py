@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.inference.errors import TooManyRequests
-from services.inference.tenants import Bucket, Quota, Tenants
+from services.inference.errors import TooManyRequests, Unauthorized
+from services.inference.tenants import ANYBODY, Bucket, Quota, Tenants
 from tests.services.exports import export, gray_png
 from tests.services.running import Folder, Service, bit_serve
 
@@ -39,11 +39,12 @@ class Guarded(Service):
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     folder = tmp_path_factory.mktemp("guarded")
     file, store = folder / "tenants.json", Folder(folder)
-    keys = {tenant: make_key(file, tenant) for tenant in ("lamps", "movers", "*")}
-    for tenant in ("lamps", "movers", "slow"):
+    keys = {tenant: make_key(file, tenant) for tenant in ("lamps", "movers", "*", "unserved")}
+    for tenant in ("lamps", "movers", "slow", "wasteful"):
         store.publish(tenant, export())
     limits = json.loads(file.read_text())
     limits["slow"] = {"keys": [], "requests_per_s": 2, "concurrent": 1, "bytes_per_s": 1000}
+    limits["wasteful"] = {"bytes_per_s": 1000}
     file.write_text(json.dumps(limits))
     with bit_serve(store, folder, "--tenants", str(file)) as service:
         service.__class__ = Guarded
@@ -66,7 +67,13 @@ def test_a_key_opens_its_tenant_and_no_other(guarded: Guarded) -> None:
         assert answer.headers["www-authenticate"] == "Bearer"
     # Who isn't let in does not even learn which tenants there are.
     assert guarded.ask("nobody", guarded.keys["lamps"]).status_code == 403
-    assert guarded.ask("nobody", guarded.keys["*"]).status_code == 404
+    assert "lamps@champion" in guarded.ask("nobody", guarded.keys["*"]).json()["error"]
+    # A tenant without a version learns nothing of the others, wherever it asks.
+    told = [guarded.ask("unserved", guarded.keys["unserved"])]
+    for page in ("", "/ready", "/config"):
+        told.append(guarded.http.get(f"/v2/models/unserved{page}", headers={"x-api-key": guarded.keys["unserved"]}))
+    assert {answer.status_code for answer in told} == {404}
+    assert not [answer.text for answer in told if "lamps" in answer.text]
 
 
 def test_the_operators_key_opens_all_and_a_tenant_sees_itself_only(guarded: Guarded) -> None:
@@ -75,7 +82,7 @@ def test_the_operators_key_opens_all_and_a_tenant_sees_itself_only(guarded: Guar
         return {one["tenant"] for one in answer.json()["served"]}
 
     assert guarded.ask("movers", guarded.keys["*"]).status_code == 200
-    assert seen("*") == {"lamps", "movers", "slow"}
+    assert seen("*") == {"lamps", "movers", "slow", "wasteful"}
     assert seen("lamps") == {"lamps"}
     assert guarded.http.get("/v1/tenants").status_code == 401
     assert guarded.http.get("/v2/models/lamps").status_code == 401
@@ -106,6 +113,15 @@ def test_a_body_whose_length_nobody_told_counts_as_well(guarded: Guarded) -> Non
     refused = chunked()
     assert refused.status_code == 429
     assert "1000 bytes per second" in refused.json()["error"]
+
+
+def test_a_body_that_is_refused_counts_as_well(guarded: Guarded) -> None:
+    def garbage() -> httpx.Response:
+        headers = {"x-api-key": guarded.keys["*"], "content-encoding": "gzip"}
+        return guarded.http.post("/v1/wasteful/classify", content=iter([bytes(100_000)]), headers=headers)
+
+    assert garbage().status_code == 400
+    assert "1000 bytes per second" in garbage().json()["error"]
 
 
 def test_a_refusal_does_not_wait_for_the_body(guarded: Guarded) -> None:
@@ -158,14 +174,37 @@ def test_a_bucket_lets_no_more_through_than_its_rate(rate: float, pauses: list[f
     bucket, passed = Bucket(rate, clock), 0
     for pause in pauses:
         clock.now += pause
-        wait_s = bucket.wait_s(1)
-        if wait_s == 0:
-            passed += 1
-        else:
+        if wait_s := bucket.wait_s(1):
             clock.now += wait_s * 1.000001
             assert bucket.wait_s(1) == 0, "after the time that was told it must pass"
-            passed += 1
+        bucket.take(1)
+        passed += 1
     assert passed <= max(1.0, rate) + rate * clock.now + 1
+
+
+def test_a_refusal_costs_nothing() -> None:
+    clock = Clock()
+    tenants = Tenants(None, clock, quotas={"a": Quota(requests_per_s=2, bytes_per_s=10)})
+    with tenants.admit("a", 10):
+        pass
+    for _ in range(5):
+        with pytest.raises(TooManyRequests, match="10 bytes per second"), tenants.admit("a", 10):
+            pass  # and not its requests
+
+
+def test_without_any_key_in_the_file_nobody_is_let_in(tmp_path: Path) -> None:
+    (tmp_path / "tenants.json").write_text('{"a": {"keys": []}}')  # the last one was revoked
+    with pytest.raises(Unauthorized):
+        Tenants(tmp_path / "tenants.json").authorize("a", {b"x-api-key": b"guess"})
+    assert Tenants(None).authorize("a", {}) == ANYBODY
+
+
+@pytest.mark.parametrize("pasted", ["1Sx3Ucu9KqUjSH9bMWZDDp1cnXNbHoRcWkM2xUhcXjk", "g" * 64])
+def test_a_key_where_its_hash_belongs_is_refused_and_not_told(tmp_path: Path, pasted: str) -> None:
+    (tmp_path / "tenants.json").write_text(json.dumps({"a": {"keys": [pasted]}}))
+    with pytest.raises(ValueError, match=r"a\.keys.*no SHA-256 .*bit-serve-key") as refused:
+        Tenants(tmp_path / "tenants.json")
+    assert pasted not in str(refused.value)
 
 
 def test_what_runs_at_once_is_bounded_and_given_back() -> None:
