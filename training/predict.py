@@ -69,8 +69,8 @@ def main(
     """Answers all pictures of a slice and writes the Parquet file; returns (pictures, errors). Raises UserError."""
     found = sources.find(source).cut(index, slices)
     if slices > 1:
-        stem, dot, suffix = out.rpartition(".")
-        out = f"{stem}-{index:05d}-of-{slices:05d}{dot}{suffix}"
+        stem, suffix = os.path.splitext(out)
+        out = f"{stem}-{index:05d}-of-{slices:05d}{suffix}"
     session = replay.load(export.data, f"version {export.version} of {tenant}")
     plan = {
         "sha256": export.sha256,

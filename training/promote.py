@@ -53,7 +53,7 @@ def gates(figures: dict[str, float], limits: PromoteConfig) -> list[Gate]:
         Gate("latency_ratio", figures["latency_ratio"], limits.max_latency_ratio),
     ]
     if "accuracy.from" in figures:
-        drop = figures["accuracy.from"] - figures["accuracy.to"]
+        drop = round(figures["accuracy.from"] - figures["accuracy.to"], 9)  # .95 - .94 is .01, not more
         found.insert(1, Gate("accuracy_drop", drop, limits.max_accuracy_drop))
     return found
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -52,8 +52,14 @@ def process(
 
 
 @contextmanager
-def running(tracking_uri: str, port: int, mlflow_port: int) -> Iterator[tuple[str, str]]:
-    """Both servers, ready; yields their addresses (service, MLflow). An MLflow server that runs elsewhere is only used."""
+def running(
+    tracking_uri: str, port: int, mlflow_port: int, children: list[subprocess.Popen[bytes]] | None = None
+) -> Iterator[tuple[str, str]]:
+    """Both servers, ready; yields their addresses (service, MLflow). An MLflow server that runs elsewhere is only used.
+
+    children: gets their processes. Raises ConfigError where one does not start, or ended before the end.
+    """
+    children = [] if children is None else children
     service = f"http://127.0.0.1:{port}"
     with ExitStack() as stack:
         database = sqlite_path(tracking_uri)
@@ -63,26 +69,38 @@ def running(tracking_uri: str, port: int, mlflow_port: int) -> Iterator[tuple[st
             command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
             command += ["--artifacts-destination", str(database.parent.resolve() / "artifacts"), "--workers", "1"]
             command += ["--host", "127.0.0.1", "--port", str(mlflow_port)]
-            stack.enter_context(process("mlflow server", command, Path(".serve/mlflow.log"), MLFLOW_WITHOUT_JOBS))
-            wait_for(f"{mlflow}/health", MLFLOW_START_S, Path(".serve/mlflow.log"))
+            log = Path(".serve/mlflow.log")
+            child = stack.enter_context(process("mlflow server", command, log, MLFLOW_WITHOUT_JOBS))
+            children.append(child)
+            wait_for(f"{mlflow}/health", MLFLOW_START_S, log, child)
         _must_be_free(port, "PORT")
         command = [sys.executable, "-m", "services.inference.app", "--port", str(port), "--tracking_uri", mlflow]
-        stack.enter_context(process("bit-serve", command, Path(".serve/bit-serve.log")))
-        wait_for(f"{service}/v2/health/ready", SERVICE_START_S, Path(".serve/bit-serve.log"))
+        log = Path(".serve/bit-serve.log")
+        child = stack.enter_context(process("bit-serve", command, log))
+        children.append(child)
+        wait_for(f"{service}/v2/health/ready", SERVICE_START_S, log, child)
         yield service, mlflow
 
 
-def wait_for(url: str, seconds: float, log: Path) -> None:
-    """Until the address answers 200. Raises ConfigError when it doesn't in time."""
-    end = time.monotonic() + seconds
+def wait_for(url: str, seconds: float, log: Path, child: subprocess.Popen[bytes] | None = None) -> None:
+    """Until the address answers 200. Raises ConfigError when it doesn't in time, or once the child that should has ended."""
+    end, said = time.monotonic() + seconds, f"did not answer within {seconds:.0f} s"
     while time.monotonic() < end:
-        try:
+        with suppress(httpx.HTTPError):
             if httpx.get(url, timeout=2).status_code == 200:
                 return
-        except httpx.HTTPError:
-            time.sleep(0.1)
+        if child is not None and child.poll() is not None:
+            said = f"will not answer: its process ended (status {child.returncode})"
+            break
+        time.sleep(0.1)
     tail = log.read_text(errors="replace")[-800:] if log.is_file() else ""
-    raise ConfigError(f"{url} did not answer within {seconds:.0f} s. The end of {log}:\n{tail}")
+    raise ConfigError(f"{url} {said}. The end of {log}:\n{tail}")
+
+
+def watch(stop: threading.Event, children: list[subprocess.Popen[bytes]]) -> None:
+    """Until told to stop, or one of the children ended."""
+    while not stop.wait(0.2) and all(child.poll() is None for child in children):
+        pass
 
 
 def _must_be_free(port: int, variable: str) -> None:
@@ -97,11 +115,12 @@ def _must_be_free(port: int, variable: str) -> None:
 
 
 def main(config: Config, port: int, mlflow_port: int) -> None:
-    """Starts both, prints their addresses, stops both cleanly on Ctrl-C or SIGTERM."""
+    """Starts both, prints their addresses, stops both on Ctrl-C or SIGTERM. Raises ConfigError where one ends by itself."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with running(config.tracking_uri, port, mlflow_port) as (service, mlflow):
+    children: list[subprocess.Popen[bytes]] = []
+    with running(config.tracking_uri, port, mlflow_port, children) as (service, mlflow):
         print(f"playground  {service}\nMLflow      {mlflow}\nCtrl-C stops both; logs are in .serve/", flush=True)
-        stop.wait()
+        watch(stop, children)
     print("stopped", flush=True)

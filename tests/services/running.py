@@ -86,8 +86,8 @@ def mlflow_server(folder: Path, port: int | None = None) -> Iterator[str]:
     port = port or free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1", "--port", str(port)]
-    with process("mlflow", command, folder / "mlflow.log", MLFLOW_WITHOUT_JOBS):
-        wait_for(f"http://127.0.0.1:{port}/health", 180, folder / "mlflow.log")
+    with process("mlflow", command, folder / "mlflow.log", MLFLOW_WITHOUT_JOBS) as running:
+        wait_for(f"http://127.0.0.1:{port}/health", 180, folder / "mlflow.log", running)
         yield f"http://127.0.0.1:{port}"
 
 
@@ -101,7 +101,7 @@ def bit_serve(
     log = folder / f"serve-{port}.log"
     with process("bit-serve", [*command, *store.flags, *flags], log, may_end=stopped_by_test) as running:
         page = "ready" if ready else "live"
-        wait_for(f"http://127.0.0.1:{port}/v2/health/{page}", 30, log)
+        wait_for(f"http://127.0.0.1:{port}/v2/health/{page}", 30, log, running)
         service = Service(f"http://127.0.0.1:{port}", store, running, log)
         yield service
         service.http.close()

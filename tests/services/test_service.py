@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import orjson
@@ -11,6 +13,9 @@ import pytest
 
 from tests.services.exports import SIDE, export, gray_png
 from tests.services.running import FOLLOWED_WITHIN_S, MLflow, Service
+from training.config import ConfigError
+from training.demo.walk import free_port
+from training.serve import process, wait_for, watch
 
 
 def test_a_picture_is_answered_with_classes_probabilities_and_version(service: Service) -> None:
@@ -205,6 +210,23 @@ def test_the_playground_has_no_external_assets(service: Service) -> None:
 def test_a_passed_deadline_is_504(service: Service) -> None:
     answer = service.http.post("/v1/lamps/classify", content=gray_png(1), headers={"X-Timeout-Ms": "0.000001"})
     assert answer.status_code == 504
+
+
+def test_a_server_that_ends_before_it_answers_or_later_is_an_error_at_once(tmp_path: Path) -> None:
+    ends = [sys.executable, "-c", "print('no database'); raise SystemExit(3)"]
+    began = time.monotonic()
+    with (
+        pytest.raises(ConfigError, match=r"process ended \(status 3\)(.|\n)*no database"),
+        process("mlflow server", ends, tmp_path / "log") as child,
+    ):
+        wait_for(f"http://127.0.0.1:{free_port()}/health", 300, tmp_path / "log", child)
+    with (
+        pytest.raises(ConfigError, match=r"mlflow server ended by itself \(status 3\)"),
+        process("bit-serve", [sys.executable, "-c", "import time; time.sleep(600)"], tmp_path / "log2") as other,
+        process("mlflow server", ends, tmp_path / "log") as child,
+    ):
+        watch(threading.Event(), [other, child])
+    assert time.monotonic() - began < 200
 
 
 def test_importing_the_service_is_quick_and_needs_no_training_code() -> None:

@@ -83,6 +83,16 @@ def test_slices_hold_every_picture_once(slices: int) -> None:
     assert [one.read(i) for one in cut for i in range(len(one))] == [whole.read(i) for i in range(23)]
 
 
+@pytest.mark.parametrize(
+    ("out", "slice_of_it"),
+    [("answers.parquet", "answers-00001-of-00003.parquet"), ("v1.2/answers", "v1.2/answers-00001-of-00003")],
+)
+def test_a_slice_is_named_after_the_result(folder: Path, tmp_path: Path, out: str, slice_of_it: str) -> None:
+    lamps = predict.Export(export(), "7")
+    predict.main("lamps", lamps, str(folder / "1/001.png"), str(tmp_path / out), 1, 1, 1, 3)
+    assert (tmp_path / slice_of_it).is_file()
+
+
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     many = tmp_path / "many.csv"
     (tmp_path / "grey.png").write_bytes(encode(np.full((20, 20, 3), 90, np.uint8)))

@@ -109,6 +109,11 @@ def test_accuracy_and_latency_have_gates() -> None:
     assert judged == {"agreement": True, "accuracy_drop": False, "latency_ratio": False}
     figures |= {"latency_ratio": 1.5, "accuracy.to": 0.895}
     assert all(gate.passed for gate in promote.gates(figures, PromoteConfig()))
+    figures |= {
+        "accuracy.from": 0.95,
+        "accuracy.to": 0.94,
+    }  # their difference is a trifle over .01, as numbers of 64 bits
+    assert all(gate.passed for gate in promote.gates(figures, PromoteConfig(max_accuracy_drop=0.01)))
 
 
 def test_a_slower_challenger_shows_in_the_latency(registry: Registry, pictures: Path) -> None:
