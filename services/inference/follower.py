@@ -220,13 +220,13 @@ class Follower:
             result = error
         with self._lock:
             future = self._loads.pop((item.tenant, item.version))
-        if not future.set_running_or_notify_cancel():
-            return  # nobody waits any more; an answer would be an error
-        if isinstance(result, Served):
-            future.set_result(result)
-        else:
+        waited_for = future.set_running_or_notify_cancel()  # an answer to a future that was cancelled would be an error
+        if isinstance(result, Exception):
             log.error("%s version %s cannot be loaded: %s", item.tenant, item.version, result)
-            future.set_exception(result)
+            if waited_for:
+                future.set_exception(result)
+        elif waited_for:
+            future.set_result(result)
         # Its traceback holds this frame, and so the session: a ring that only a collection of garbage would open.
         del result
 

@@ -263,7 +263,7 @@ def test_while_mlflow_is_down_the_verified_cache_serves(tmp_path: Path) -> None:
             store.publish(tenant, export(classes=[tenant, "bright"]))
         with bit_serve(store, tmp_path) as service:
             service.wait_until("lamps", version)
-            assert kept() == 3
+            wait_for(lambda: kept() == 3)
             store.client.delete_registered_model_alias("gone", "champion")
             wait_for(lambda: kept() == 2)
         store.client.delete_registered_model_alias("later", "champion")  # while no instance runs
@@ -284,7 +284,7 @@ def test_while_mlflow_is_down_the_verified_cache_serves(tmp_path: Path) -> None:
         assert service.classify("lamps", gray_png(10)).status_code == 404
 
 
-def wait_for(holds: Callable[[], bool], seconds: float = 20) -> None:
+def wait_for(holds: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
