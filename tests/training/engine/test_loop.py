@@ -74,6 +74,7 @@ def test_sigterm_checkpoints_and_exits_143(straight: dict, tmp_path: Path, datas
         command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     assert child.stdout is not None
+    assert child.stdout.readline() == b"ranks 1\n"
     child.stdout.readline()  # the first figures: it is in the middle of its steps
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=120) == 143
