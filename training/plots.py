@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-mpl.use("agg")
 INK, BLUE, ORANGE, GRAY = "#1b1f24", "#2563eb", "#d97706", "#9aa4b2"
 History = Mapping[str, Sequence[tuple[int, float]]]
 

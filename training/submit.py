@@ -10,9 +10,10 @@ runs is joined, what has ended is not run again, and two people who submit at on
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -44,12 +45,22 @@ def main(config: Config, stage: str, tenant: str | None = None, *, follow: bool 
         say(f"{wanted.name}: succeeded before and was removed; its receipt is back")
         return
     if found is None:
+        _refuse_two([wanted], jobs.find(f"bit/training={wanted.training}"))
         jobs.apply(render(wanted, config.cluster))
         say(f"{wanted.name}: submitted to {jobs.host}, namespace {jobs.namespace}: {uses(config, wanted)}")
     else:
         say(f"{wanted.name}: {explain.condition(found).lower()} already; joined")
     if follow:
         attach(config, jobs, wanted.name, stage, tenant)
+
+
+def check(config: Config, jobs: Jobs, stage: str, tenant: str | None = None) -> None:
+    """Prints what a submission would apply, and has the cluster take it for a trial: nothing is made or uploaded."""
+    wanted = order(config, stage, tenant, upload=False)
+    objects = render(wanted, config.cluster)
+    print(yaml.safe_dump_all(objects, sort_keys=False, explicit_start=True), end="")
+    jobs.of(config.cluster.namespace_of(tenant)).apply(objects, dry_run=True)
+    say(f"{wanted.name}: would be taken by {jobs.host}: {uses(config, wanted)}")
 
 
 def uses(config: Config, wanted: Order) -> str:
@@ -108,10 +119,11 @@ class Followed:
     said: str = ""
     tail: threading.Thread | None = None
     printed: str = ""  # time of the last line of the log
+    unread: str = ""  # why the log cannot be read
 
     def to_the_end(self) -> Object:
         job: Object = {}
-        for news in self.jobs.watch(f"bit/job={self.name}"):
+        for news in self.jobs.watch(f"bit/job={self.name}", [self.name]):
             job = news or job
             if not job:
                 continue
@@ -153,21 +165,32 @@ class Followed:
 
     def _print_logs(self) -> None:
         """Until the pod ends or the connection is cut: then the next thread goes on after the last line."""
-        for stamp, line in self.jobs.logs(f"{self.name}-worker-0", follow=True, after=self.printed):
-            say(f"  {line}")
-            self.printed = stamp
+        try:
+            for stamp, line in self.jobs.logs(f"{self.name}-worker-0", follow=True, after=self.printed):
+                say(f"  {line}")
+                self.printed = stamp
+        except ClusterError as error:  # the job is followed without it
+            if self.unread != str(error):
+                self.unread = str(error)
+                say(f"{self.name}: its log cannot be read: {error}")
 
 
-def fleet(configs: dict[str, Config], retry: bool = False) -> None:
-    """Submits the fine-tuning of every tenant at once and follows all of them by one watch: one table, then a summary."""
+def fleet(configs: dict[str, Config], *, follow: bool = True, retry: bool = False) -> None:
+    """Submits the fine-tuning of every tenant at once; with `follow` all of them by one watch: one table, then a summary."""
     config = next(iter(configs.values()))
     jobs = Jobs(config.cluster)
     every = jobs.of(EVERYWHERE) if config.cluster.tenant_namespace else jobs
     orders = {tenant: order(given, "finetune", tenant) for tenant, given in configs.items()}
     try:
         ended = _submit_all(configs, orders, jobs, every, retry)
+        if not follow:
+            say(
+                f"{len(orders) - len(ended)} jobs are there, {len(ended)} ended before. `bit submit finetune --all` follows them."
+            )
+            return
         submitted = jobs.calls
-        _follow_all({wanted.name for wanted in orders.values()}, every, ended)
+        if len(ended) < len(orders):
+            _follow_all({wanted.name for wanted in orders.values()}, every, ended)
     except KeyboardInterrupt:
         say("\ndetached; the jobs go on. Come back with: bit submit finetune --all")
         raise SystemExit(DETACHED) from None
@@ -193,7 +216,9 @@ def _submit_all(
 ) -> dict[str, Object]:
     """Submits what is not there yet. Returns what need not run: jobs that ended, were removed and left their receipt."""
     ended: dict[str, Object] = {}
-    there = {job["metadata"]["name"]: explain.condition(job) for job in every.find("bit/stage=finetune")}
+    found = every.find("bit/stage=finetune")
+    _refuse_two(orders.values(), found)
+    there = {job["metadata"]["name"]: explain.condition(job) for job in found}
     for tenant, wanted in orders.items():
         own = jobs.of(configs[tenant].cluster.namespace_of(tenant))
         if retry and there.get(wanted.name) == "Failed":
@@ -213,8 +238,8 @@ def _follow_all(names: set[str], every: Jobs, ended: dict[str, Object]) -> None:
     """Watches until all have ended, and says how many are where."""
     states = {name: explain.condition(ended[name]) if name in ended else "Created" for name in names}
     counted = ""
-    for seen in every.watch("bit/stage=finetune"):
-        if seen and (name := seen["metadata"]["name"]) in states:
+    for seen in every.watch("bit/stage=finetune", names - set(ended)):
+        if seen and (name := seen["metadata"]["name"]) in states and name not in ended:
             states[name] = explain.condition(seen)
             if states[name] in OVER:
                 ended[name] = seen
@@ -225,6 +250,18 @@ def _follow_all(names: set[str], every: Jobs, ended: dict[str, Object]) -> None:
             say(f"finetune, {len(states)} tenants: {now}")
         if len(ended) == len(states):
             return
+
+
+def _refuse_two(orders: Iterable[Order], found: list[Object]) -> None:
+    """Two live jobs of one training would overwrite each other's checkpoints. Raises ClusterError."""
+    wanted = {order.training: order.name for order in orders}
+    for job in found:
+        name, training = job["metadata"]["name"], job["metadata"]["labels"].get("bit/training")
+        if wanted.get(training, name) != name and explain.condition(job) not in OVER:
+            raise ClusterError(
+                f"{name} is the same training with another image, micro_batch or the like, and still there: `bit attach {name}` "
+                f"follows it; after `bit cancel {name}` {wanted[training]} goes on from its checkpoint."
+            )
 
 
 def _clear(config: Config, jobs: Jobs, name: str) -> None:

@@ -29,7 +29,6 @@ from training.outbox import Outbox
 
 UPSTREAM_MODEL = "bit-upstream"
 EXPORT = "model.onnx"  # in the artifact folder that a version's source names
-PATIENCE_S = float(os.environ.get("BIT_MLFLOW_PATIENCE_S", 600))  # how long a finished training waits for MLflow
 LAST_WORD_S = 10.0
 log = logging.getLogger(__name__)
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -58,8 +57,9 @@ class Run:
             now = int(time.time() * 1000)
             self.client.log_batch(self.run_id, [Metric(name, value, now, step) for name, value in figures.items()])
 
-    def delivered(self, timeout_s: float = PATIENCE_S) -> None:
-        """Waits until MLflow has all figures, before results are laid down with it. Raises TrackingError."""
+    def delivered(self, timeout_s: float | None = None) -> None:
+        """Waits until MLflow has all figures, before results are laid down with it; see `patience_s`. Raises TrackingError."""
+        timeout_s = patience_s() if timeout_s is None else timeout_s
         if self.outbox and not self.outbox.flush(timeout_s):
             raise TrackingError(
                 f"MLflow did not answer for {timeout_s:g} s. The training has ended and its last checkpoint is kept: start the "
@@ -137,7 +137,7 @@ def start(
     finally:
         if box:
             box.close()
-    _end(client, run_id, "FINISHED", PATIENCE_S)
+    _end(client, run_id, "FINISHED", patience_s())
 
 
 def _continued(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> tuple[str, str, dict[str, int]] | None:
@@ -171,6 +171,11 @@ def _end(client: MlflowClient, run_id: str, status: str, limit_s: float = LAST_W
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
     thread.join(limit_s)
+
+
+def patience_s() -> float:
+    """How long a training that has ended waits for MLflow: BIT_MLFLOW_PATIENCE_S, or ten minutes."""
+    return float(os.environ.get("BIT_MLFLOW_PATIENCE_S", 600))
 
 
 def connect(uri: str) -> MlflowClient:

@@ -165,6 +165,17 @@ def test_traffic_is_denied_but_for_the_few_flows() -> None:
     assert "NetworkPolicy" not in render("inference", "folder")
 
 
+@pytest.mark.parametrize("scenario", ["keda", "hpa", "idle"])
+def test_who_is_led_to_the_service_is_let_in(scenario: str) -> None:
+    objects = render("inference", scenario)
+    assert {"Ingress", "HTTPRoute"} & set(objects)
+    assert {"ServiceMonitor", "PodMonitor"} & set(objects)
+    [flow] = objects["NetworkPolicy"]["spec"]["ingress"]
+    named = [one["namespaceSelector"]["matchLabels"] for one in flow["from"] if "namespaceSelector" in one]
+    assert len(named) == 2
+    assert {"kubernetes.io/metadata.name": "monitoring"} in named
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [

@@ -10,6 +10,10 @@ import yaml
 
 from tests.cluster.projects import Command, edit, fresh, project, receipt
 from tests.clusters import Cluster, wait_for
+from training import cli
+from training.cluster.jobs import ClusterError, Jobs
+from training.errors import UserError
+from training.params import load
 
 TENANTS = [f"tenant-{number:03d}" for number in range(200)]
 QUOTA = 80
@@ -23,7 +27,12 @@ def write(path: Path, text: str) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A project with 200 tenants, all packed; its jobs come suspended, as Kueue's webhook makes them."""
+    """A project with 200 tenants."""
+    return with_tenants(tmp_path, TENANTS)
+
+
+def with_tenants(tmp_path: Path, tenants: list[str]) -> Path:
+    """A project with these tenants, all packed; its jobs come suspended, as Kueue's webhook makes them."""
     small = {"pool": "cpu", "node_selector": {"cloud.google.com/gke-nodepool": "cpu"}, "cpu": "50m", "memory": "64Mi"}
     cluster = {"finetune": small, "queue": "training"}
     root = project(
@@ -43,7 +52,7 @@ def root(tmp_path: Path) -> Path:
         "run_id": "",
         "details": {"arch": "R14x0.5", "version": "1"},
     }
-    for tenant in TENANTS:
+    for tenant in tenants:
         packed = {"stage": "pack", "tenant": tenant, "outputs": {"dataset": data | {"sha256": tenant}}, **made}
         write(root / "tenants" / tenant / "params.yaml", yaml.safe_dump({"tenant": tenant}))
         write(root / "runs" / "pack" / tenant / "receipt.json", json.dumps(packed))
@@ -89,6 +98,42 @@ def test_two_hundred_tenants_cost_fewer_than_ten_requests_each(prepared: Cluster
     again = Command(root, prepared, tmp_path / "again.log", "-m", "training", "submit", "finetune", "--all")
     assert again.end().count("Succeeded") == len(TENANTS)  # by the receipts that lie in the store
     assert not prepared.get("pytorchjobs", "-n", "bit", "-l", "bit/stage=finetune")["items"]
+
+
+def test_all_tenants_are_tried_submitted_and_left_and_what_has_ended_is_not_run_again(
+    prepared: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = ["fleet-a", "fleet-b"]
+    monkeypatch.chdir(with_tenants(tmp_path, two))
+    monkeypatch.setenv("KUBECONFIG", str(prepared.kubeconfig))
+
+    def submit(*arguments: str) -> str:
+        cli.build()(["submit", "finetune", "--all", *arguments], standalone_mode=False)
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    def jobs() -> list[str]:
+        found = prepared.get("pytorchjobs", "-n", "bit", "-l", "bit/stage=finetune")["items"]
+        return sorted(job["metadata"]["name"] for job in found)
+
+    said = submit("--dry-run")
+    assert said.count("would be taken by") == len(two)
+    assert [made["kind"] for made in yaml.safe_load_all(said.partition("bit-finetune-fleet-a")[0])] == ["ConfigMap"]
+    assert jobs() == []
+    with pytest.raises(UserError, match="takes a tenant or --all"):
+        submit("fleet-a")
+    assert "2 jobs are there, 0 ended before" in submit("--detach")
+    names = jobs()
+    assert len(names) == len(two)
+    with pytest.raises(ClusterError, match=f"`bit cancel {names[0]}`"):
+        submit("--set", "finetune.micro_batch=2")
+    for name, tenant in zip(names, two, strict=True):
+        ended = {"stage": "finetune", "tenant": tenant, "config_hash": "", "inputs": {}, "run_id": ""}
+        write(tmp_path / "store" / name / "receipt.json", json.dumps(ended))
+        Jobs(load().cluster).delete(name)
+    submit()
+    assert jobs() == []
+    assert receipt(Path(), "finetune/fleet-b")["details"]["job"] == names[1]
 
 
 def told(job: dict[str, Any], condition: str) -> bool:

@@ -12,8 +12,10 @@ import yaml
 from tests.cluster.conftest import K8S
 from tests.clusters import Cluster, wait_for
 from tests.conftest import draw_folder
+from training import receipt
 from training.cluster.manifests import ManifestError, Object, Order, check, read, render
-from training.config import ClusterConfig, NodesConfig
+from training.cluster.orders import order
+from training.config import ClusterConfig, Config, FinetuneConfig, NodesConfig
 
 ROOT = K8S.parent
 JOBS = ("pretrain", "pretrain-tpu", "pretrain-tpu-multihost", "finetune")
@@ -217,6 +219,39 @@ def test_what_is_rendered_says_what_the_order_and_the_cluster_say() -> None:
     assert "kueue.x-k8s.io/queue-name" not in job["metadata"]["labels"]
 
 
+def test_labels_of_nodes_that_are_given_take_the_place_of_the_pools_own() -> None:
+    nodes = NodesConfig(pool="gpu", node_selector={"bit/pool": "gpu"})
+    given = ClusterConfig(image="x@sha256:1", store="s3://b", pretrain=nodes)
+    _, job = render(Order("a", "pretrain", None, {}), given, ROOT)
+    assert job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["nodeSelector"] == {"bit/pool": "gpu"}
+
+
+def test_trainings_of_one_tenant_share_checkpoints_only_where_they_lead_to_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = receipt.Artifact(uri="s3://b/weights.npz", sha256="1", size_bytes=0)
+    inputs = {"config_hash": "", "inputs": {}, "run_id": "", "outputs": {"made": weights}}
+    receipt.Receipt(stage="pack", tenant="digits", **inputs).write(receipt.folder("pack", "digits"))
+    receipt.Receipt(stage="pretrain", tenant=None, **inputs).write(receipt.folder("pretrain"))
+
+    def place(**values: object) -> tuple[str, str]:
+        given = ClusterConfig(image="x@sha256:1", store="s3://b")
+        config = Config(finetune=FinetuneConfig(**values), cluster=given)
+        wanted = order(config, "finetune", "digits")
+        _, job = render(wanted, given, ROOT)
+        [container] = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+        [url] = [one["value"] for one in container["env"] if one["name"] == "BIT_CHECKPOINTS"]
+        assert Path(url).parent == Path(".checkpoints")
+        return wanted.name, url
+
+    name, url = place(lr=0.1)
+    assert place(lr=0.2)[1] != url
+    smaller_name, smaller_url = place(lr=0.1, micro_batch=2)
+    assert smaller_name != name
+    assert smaller_url == url
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -233,6 +268,21 @@ def test_a_name_that_services_could_not_carry_is_refused() -> None:
     given = ClusterConfig(image="x@sha256:1", store="s3://b")
     with pytest.raises(ManifestError, match="at most 50"):
         render(Order("a" * 56, "pretrain", None, {}), given, ROOT)
+
+
+@pytest.mark.parametrize("job", ["pack", "predict"])
+def test_one_part_that_failed_for_good_ends_the_whole_job(job: str) -> None:
+    [made] = [one for one in yaml.safe_load_all((K8S / f"{job}.yaml").read_text()) if one["kind"] == "Job"]
+    assert made["spec"]["maxFailedIndexes"] == 0
+
+
+@pytest.mark.parametrize("path", sorted(K8S.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_command_at_a_files_head_names_the_namespace(path: Path) -> None:
+    commands = [line for line in path.read_text().splitlines() if f"-f k8s/{path.name}" in line]
+    assert [line.lstrip("# ") for line in commands] == [
+        f"kubectl apply --server-side -n bit -f k8s/{path.name}" for _ in commands
+    ]
+    assert commands or path.name == "kustomization.yaml"
 
 
 def test_packing_runs_as_an_indexed_job_and_its_command_packs(prepared: Cluster, tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 """A cluster that does not take jobs says why, with the next step: no operator, no right, no such context, nobody there."""
 
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests import clusters
 from tests.cluster.conftest import ROOT, person
-from tests.clusters import Cluster
-from training.cluster.jobs import EVERYWHERE, ClusterError, Jobs
+from tests.clusters import Cluster, wait_for
+from training import submit
+from training.cluster import explain
+from training.cluster.jobs import EVERYWHERE, LONGEST_PAUSE_S, ClusterError, Jobs
 from training.cluster.manifests import Order, render
-from training.config import ClusterConfig
+from training.config import ClusterConfig, Config
 
 GIVEN = ClusterConfig(image="x@sha256:1", store="s3://b", queue=None)
 ORDER = Order("bit-pretrain-1", "pretrain", None, {"params.yaml": "{}"})
@@ -40,6 +44,39 @@ def test_a_namespace_that_is_not_there_is_named(prepared: Cluster, monkeypatch: 
     jobs = jobs_of(prepared, monkeypatch).of("bit-nowhere")
     with pytest.raises(ClusterError, match=r"Is the namespace 'bit-nowhere' there\? kubectl apply -k"):
         jobs.apply(render(ORDER, GIVEN, ROOT))
+
+
+def test_a_job_that_is_removed_ends_those_who_follow_it(prepared: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = jobs_of(prepared, monkeypatch)
+    config_map, job = render(dataclasses.replace(ORDER, name="bit-pretrain-gone"), GIVEN, ROOT)
+    job["spec"]["runPolicy"]["suspend"] = True
+    jobs.apply([config_map, job])
+    followed = submit.Followed(jobs, "bit-pretrain-gone")
+    with ThreadPoolExecutor() as pool:
+        ended = pool.submit(followed.to_the_end)
+        wait_for(lambda: followed.said or ended.done())
+        jobs.delete("bit-pretrain-gone")
+        assert explain.condition(ended.result(60)) == "Removed"
+    with pytest.raises(ClusterError, match=r"bit-pretrain-gone was removed: .*the same command goes on"):
+        submit.attach(Config(cluster=GIVEN), jobs, "bit-pretrain-gone", "pretrain", None)
+
+
+def test_a_log_that_is_not_there_yet_is_empty_and_a_refused_one_is_told(
+    prepared: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(jobs_of(prepared, monkeypatch).logs("bit-pretrain-1-worker-0", follow=False)) == []
+    blind = jobs_of(person(prepared, "blind"), monkeypatch)
+    with pytest.raises(ClusterError, match="forbidden: you may not read the log of pod bit-pretrain-1-worker-0"):
+        list(blind.logs("bit-pretrain-1-worker-0", follow=False))
+
+
+def test_a_watch_rests_no_longer_after_days_without_an_answer(
+    prepared: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr("time.sleep", rests.append)
+    assert jobs_of(prepared, monkeypatch)._rest(2000, OSError()) == 2001
+    assert rests == [LONGEST_PAUSE_S]
 
 
 def test_a_cluster_without_the_operator_and_one_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from training.cli.options import Set
 from training.config import ClusterConfig
@@ -32,24 +31,21 @@ def submit(
     """Run pretrain or finetune on the cluster. The same work submitted twice is one job."""
     from training import submit as submission
     from training.cluster.jobs import Jobs
-    from training.cluster.manifests import render
-    from training.cluster.orders import order
 
-    if (stage == "finetune") != (tenant is not None or every):
-        raise UserError("`bit submit finetune` takes a tenant (or --all), `bit submit pretrain` none.")
-    if every:
-        submission.fleet({name: load(tenant=name, overrides=overrides or ()) for name in tenants()}, retry)
-        return
-    config = load(tenant=tenant, overrides=overrides or ())
+    if (stage == "finetune") != (tenant is not None or every) or (tenant is not None and every):
+        raise UserError("`bit submit finetune` takes a tenant or --all, `bit submit pretrain` neither.")
+    chosen = tenants() if every else [tenant]
+    if not chosen:
+        raise UserError("there is no tenant yet: add tenants/NAME/params.yaml and its pictures.")
+    configs = {name: load(tenant=name, overrides=overrides or ()) for name in chosen}
     if dry_run:
-        wanted = order(config, stage, tenant, upload=False)
-        objects = render(wanted, config.cluster)
-        print(yaml.safe_dump_all(objects, sort_keys=False), end="")
-        jobs = Jobs(config.cluster, tenant)
-        jobs.apply(objects, dry_run=True)
-        submission.say(f"{wanted.name}: would be taken by {jobs.host}: {submission.uses(config, wanted)}")
+        jobs = Jobs(next(iter(configs.values())).cluster)
+        for name, config in configs.items():
+            submission.check(config, jobs, stage, name)
+    elif every:
+        submission.fleet({str(name): config for name, config in configs.items()}, follow=follow, retry=retry)
     else:
-        submission.main(config, stage, tenant, follow=follow, retry=retry)
+        submission.main(configs[tenant], stage, tenant, follow=follow, retry=retry)
 
 
 def jobs(overrides: Set = None) -> None:

@@ -8,7 +8,7 @@ import copy
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -153,30 +153,40 @@ class Jobs:
         return list(found["items"])
 
     def logs(self, pod: str, follow: bool, after: str = "") -> Iterator[tuple[str, str]]:
-        """(time, line) of a pod's lines later than `after`; ends where there are none (yet)."""
-        try:
-            answer = self.core.read_namespaced_pod_log(
-                pod, self.namespace, container="pytorch", follow=follow, timestamps=True, _preload_content=False
-            )
+        """(time, line) of a pod's lines later than `after`; ends where there are none (yet).
+
+        Raises ClusterError where they are refused or cut off.
+        """
+        with self._asked(f"read the log of pod {pod}"):
+            try:
+                answer = self.core.read_namespaced_pod_log(
+                    pod, self.namespace, container="pytorch", follow=follow, timestamps=True, _preload_content=False
+                )
+            except ApiException as error:
+                if error.status in (400, 404):  # its container waits; there is no such pod
+                    return
+                raise
             for line in answer:
                 stamp, _, text = line.decode(errors="replace").rstrip("\n").partition(" ")
                 if stamp > after:
                     yield stamp, text
-        except (ApiException, urllib3.exceptions.HTTPError):
-            return
 
-    def watch(self, selector: str, pause_s: float = 5.0) -> Iterator[Object | None]:
+    def watch(self, selector: str, expected: Iterable[str] = (), pause_s: float = 5.0) -> Iterator[Object | None]:
         """Every state of the selected jobs as it comes, for ever; None about every `pause_s` seconds in which nothing came.
 
-        A job that is removed comes once more, with the key `removed`.
+        A job that is removed comes once more, with the key `removed`; so does one that is `expected` by name and not there.
         """
         failures, answered = 0, -PATIENCE_S
         known: dict[str, Object] = {}
+        missing = set(expected)
         while True:
             try:
                 listed = self._list(label_selector=selector, _request_timeout=(CONNECT_S, READ_S))
                 failures = 0
                 present = {job["metadata"]["uid"]: job for job in listed["items"]}
+                missing -= {job["metadata"]["name"] for job in listed["items"]}
+                yield from ({"metadata": {"name": name}, "removed": True} for name in sorted(missing))
+                missing.clear()
                 yield from (job | {"removed": True} for uid, job in known.items() if uid not in present)
                 yield from listed["items"]
                 known, version = present, listed["metadata"]["resourceVersion"]
@@ -212,7 +222,7 @@ class Jobs:
             return 0
         if failures == 1:
             print(f"{self.host} does not answer; the job goes on, and so does the watch", file=sys.stderr)
-        time.sleep(min(LONGEST_PAUSE_S, 0.5 * 2**failures))
+        time.sleep(min(LONGEST_PAUSE_S, 0.5 * 2 ** min(failures, 5)))
         return failures + 1
 
     def _list(self, **how: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from training.config import ClusterConfig, NodesConfig
+from training.engine import store
 from training.errors import UserError
 
 Object = dict[str, Any]
@@ -62,12 +63,21 @@ POOLS = {
 
 @dataclass(frozen=True)
 class Order:
-    """What one job is to do: stage, tenant, the files that it reads (path from the project's root → text) and its name."""
+    """What one job is to do: stage, tenant, the files that it reads (path from the project's root → text) and its name.
+
+    checkpoints: the folder of its checkpoints, of which jobs share one that lead to the same result; default: the job's own.
+    """
 
     name: str
     stage: str
     tenant: str | None
     files: Mapping[str, str]
+    checkpoints: str = ""
+
+    @property
+    def training(self) -> str:
+        """The name of the training that the job goes on with: that of its folder of checkpoints."""
+        return self.checkpoints or self.name
 
 
 def render(order: Order, cluster: ClusterConfig, root: Path = Path()) -> list[Object]:
@@ -111,6 +121,7 @@ def _fill_config_map(config_map: Object, order: Order) -> None:
 def _fill_job(job: Object, order: Order, cluster: ClusterConfig, nodes: NodesConfig) -> None:
     pool = POOLS[nodes.pool]
     labels = {"bit/stage": order.stage, "bit/tenant": order.tenant or "upstream", "bit/job": order.name}
+    labels |= {"bit/training": order.training}
     job["metadata"]["name"] = order.name
     job["metadata"].setdefault("labels", {}).update(labels)
     if cluster.queue is None:
@@ -127,7 +138,7 @@ def _fill_job(job: Object, order: Order, cluster: ClusterConfig, nodes: NodesCon
     template.setdefault("metadata", {}).setdefault("labels", {}).update(labels)
     pod = template["spec"]
     selector = dict(pool.node_selector) if cluster.labels == "gke" or not pool.resource else {"bit/pool": nodes.pool}
-    pod["nodeSelector"] = selector | dict(nodes.node_selector)
+    pod["nodeSelector"] = dict(nodes.node_selector) or selector
     pod["tolerations"] = [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in pool.tolerations]
     container = next(one for one in pod["containers"] if one["name"] == "pytorch")
     container["image"] = cluster.image
@@ -136,7 +147,9 @@ def _fill_job(job: Object, order: Order, cluster: ClusterConfig, nodes: NodesCon
         raise ManifestError(f"the container's command is {command}; it must start a stage, as torchrun -m training …")
     at = command.index("training") + 1
     container["command"] = [*command[:at], order.stage, *([order.tenant] if order.tenant else [])]
+    given = next((one.get("value") for one in container.get("env", []) if one["name"] == store.ENV), None)
     values = {
+        store.ENV: f"{given or store.DEFAULT}/{order.training}",
         "BIT_JOB": order.name,
         "BIT_STORE": f"{cluster.store}/{order.name}",
         "BIT_IMAGE": cluster.image,

@@ -1,5 +1,6 @@
 """From params.yaml and the receipts before a stage to what its job is to do, and to its name: the same inputs, the same job."""
 
+import json
 import re
 from pathlib import Path
 
@@ -24,6 +25,9 @@ def order(config: Config, stage: str, tenant: str | None, upload: bool = True) -
     digest = receipt.hash_of(*sections, tenant, *hashes)[:10]
     readable = re.sub(r"[^a-z0-9]+", "-", (tenant or "").lower())[:24].strip("-")  # the hash has the whole name
     name = "-".join(part for part in ("bit", stage, readable, digest) if part)
+    # What decides the result, and not how it is reached: a job with another micro_batch or image goes on from the same place.
+    deciding = json.dumps(getattr(config, stage).decisive(), sort_keys=True)
+    checkpoints = receipt.hash_of(stage, config.upstream, deciding, tenant, *hashes)
 
     params = config.model_dump(mode="json", include={"upstream", stage}, exclude_defaults=True)
     params["tracking_uri"] = cluster.tracking_uri or config.tracking_uri
@@ -35,7 +39,7 @@ def order(config: Config, stage: str, tenant: str | None, upload: bool = True) -
     for earlier, made in before.items():
         path = receipt.folder(earlier, tenant if earlier == "pack" else None) / receipt.FILE
         files[path.as_posix()] = _reachable(made, config, name, upload).model_dump_json(indent=1)
-    return Order(name, stage, tenant, files)
+    return Order(name, stage, tenant, files, checkpoints)
 
 
 def _reachable(made: receipt.Receipt, config: Config, name: str, upload: bool) -> receipt.Receipt:

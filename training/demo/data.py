@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.demo import drawing
+from training.study.demo import TEXTURES, halves, handwritten, patches
 
 SEED = 0
 PER_CLASS = 252
 FEW = 10  # training pictures per class of each tenant
-PATCH = 64  # side of a texture patch, in pixels of the photograph
 SOURCES = (Path("data/upstream"), Path("tenants/digits/pictures"), Path("tenants/textures/pictures"))
 
 
@@ -67,12 +67,9 @@ def _write_upstream_class(folder: Path, per_class: int, name: str) -> None:
 
 
 def _write_digits(folder: Path) -> None:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images, labels = handwritten()
     pictures: dict[str, list[NDArray[np.uint8]]] = defaultdict(list)
-    for image, label in zip(images, digits.target, strict=True):
+    for image, label in zip(images, labels, strict=True):
         pictures[str(label)].append(image)
     rng = np.random.default_rng(SEED)
     for label in sorted(pictures):
@@ -83,20 +80,10 @@ def _write_digits(folder: Path) -> None:
 
 
 def _write_textures(folder: Path) -> None:
-    import skimage.data
-
-    for name in ("brick", "grass", "gravel"):
-        photograph = getattr(skimage.data, name)()
+    for name in TEXTURES:
         rng = np.random.default_rng((SEED, len(name)))
-        middle = photograph.shape[1] // 2
-        _save(folder / "train" / name, _patches(photograph[:, :middle], FEW, rng))
-        _save(folder / "test" / name, _patches(photograph[:, middle:], 100, rng))
-
-
-def _patches(area: NDArray[np.uint8], count: int, rng: np.random.Generator) -> Iterable[NDArray[np.uint8]]:
-    tops = rng.integers(0, area.shape[0] - PATCH, count)
-    lefts = rng.integers(0, area.shape[1] - PATCH, count)
-    return (area[top : top + PATCH, left : left + PATCH] for top, left in zip(tops, lefts, strict=True))
+        for (split, half), count in zip(halves(name).items(), (FEW, 100), strict=True):
+            _save(folder / split / name, patches(half, count, rng))
 
 
 def _save(folder: Path, pictures: Iterable[NDArray[np.uint8]]) -> None:

@@ -62,7 +62,7 @@ def train(
         parameters, recipe.lr(0), recipe.momentum, recipe.weight_decay, whole=trained is model
     )
     step = done = checkpoints.restore(trained, optimizer, world)
-    wrapped, skipped = world.wrap(trained), 0
+    wrapped, skipped, load = world.wrap(trained), 0, machine.Load(backend)
     with (
         world.at(lambda: step),
         Progress(title, recipe.steps, done, world.is_main) as progress,
@@ -113,7 +113,7 @@ def train(
                     figures |= {f"test_{name}": value for name, value in evaluate().items()}
                     wrapped.train()
                 progress.show(steps, figures)
-                log(figures | machine.figures(backend), steps)
+                log(figures | load.figures(), steps)
                 loss_sum.zero_()
                 counted, began, waited = 0, time.perf_counter(), 0.0
             progress.advance()

@@ -12,10 +12,8 @@ from matplotlib.figure import Figure
 from training.study.results import Row
 from training.study.suites import Suite
 
-mpl.use("agg")
 INK = "#1b1f24"
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#4b5563", "#ca8a04")
-DASHES = {"finetune": "-", "linear": "--", "ridge": ":"}
 NAMES = {"ridge": "ridge regression", "linear": "linear probe", "finetune": "fine-tuning"}
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from training.study.source import Sample, Source, Task, png
 
@@ -15,16 +16,10 @@ def digits(folder: Path, task: Task) -> Source:
     """scikit-learn's handwritten digits, half of them for the test."""
 
     def samples() -> Iterator[Sample]:
-        from sklearn.datasets import load_digits
-
-        told = load_digits()
-        tested = set(np.random.default_rng(0).permutation(len(told.target))[::2])
-        for number, (image, label) in enumerate(zip(told.images, told.target, strict=True)):
-            yield (
-                "test" if number in tested else "train",
-                int(label),
-                png(np.round(image * (255 / 16)).astype(np.uint8)),
-            )
+        images, labels = handwritten()
+        tested = set(np.random.default_rng(0).permutation(len(labels))[::2])
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            yield "test" if number in tested else "train", int(label), png(image)
 
     return Source(folder, task.numbers, samples())
 
@@ -33,14 +28,34 @@ def textures(folder: Path, task: Task) -> Source:
     """Patches of scikit-image's photographs: the left half of each for training, the right half for the test."""
 
     def samples() -> Iterator[Sample]:
-        import skimage.data
-
         for label, name in enumerate(TEXTURES):
-            photograph = getattr(skimage.data, name)()
-            rng, middle = np.random.default_rng((0, label)), photograph.shape[1] // 2
-            for split, half in (("train", photograph[:, :middle]), ("test", photograph[:, middle:])):
-                tops, lefts = (rng.integers(0, side - PATCH, PER_CLASS) for side in half.shape)
-                for top, left in zip(tops, lefts, strict=True):
-                    yield split, label, png(np.ascontiguousarray(half[top : top + PATCH, left : left + PATCH]))
+            rng = np.random.default_rng((0, label))
+            for split, half in halves(name).items():
+                for patch in patches(half, PER_CLASS, rng):
+                    yield split, label, png(np.ascontiguousarray(patch))
 
     return Source(folder, list(TEXTURES), samples())
+
+
+def handwritten() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """scikit-learn's digits: pictures [n, 8, 8], labels [n]."""
+    from sklearn.datasets import load_digits
+
+    told = load_digits()
+    return np.round(told.images * (255 / 16)).astype(np.uint8), told.target
+
+
+def halves(name: str) -> dict[str, NDArray[np.uint8]]:
+    """A photograph of scikit-image: its left half for training, its right half for the test."""
+    import skimage.data
+
+    photograph = getattr(skimage.data, name)()
+    middle = photograph.shape[1] // 2
+    return {"train": photograph[:, :middle], "test": photograph[:, middle:]}
+
+
+def patches(area: NDArray[np.uint8], count: int, rng: np.random.Generator) -> Iterator[NDArray[np.uint8]]:
+    """Squares from random places of a photograph [h, w]."""
+    tops = rng.integers(0, area.shape[0] - PATCH, count)
+    lefts = rng.integers(0, area.shape[1] - PATCH, count)
+    return (area[top : top + PATCH, left : left + PATCH] for top, left in zip(tops, lefts, strict=True))

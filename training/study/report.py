@@ -14,7 +14,6 @@ from training.study.results import Row
 from training.study.suites import Suite, Upstream
 from training.study.upstreams import Start
 
-METHODS = {"ridge": "ridge regression", "linear": "linear probe", "finetune": "fine-tuning"}
 GROUPS = ("natural", "specialized", "structured")
 
 
@@ -74,7 +73,7 @@ def by_shots(suite: Suite, rows: Sequence[Row], starts: Mapping[Upstream, Start]
     lines = []
     for dataset, method, arch, upstream in sorted({key[:4] for key in told}, key=_order(suite, starts)):
         cells = [str(told.get((dataset, method, arch, upstream, shots), "—")) for shots in suite.shots]
-        lines.append([str(dataset), METHODS[str(method)], f"{arch}, {upstream}", *cells])
+        lines.append([str(dataset), curves.NAMES[str(method)], f"{arch}, {upstream}", *cells])
     return [markdown(["dataset", "method", "upstream", *(f"{n} per class" for n in suite.shots)], lines)]
 
 
@@ -85,7 +84,7 @@ def by_upstream(suite: Suite, rows: Sequence[Row], starts: Mapping[Upstream, Sta
     lines = []
     for dataset, method, arch, shots in dict.fromkeys(key[:4] for key in told):
         cells = [str(told.get((dataset, method, arch, shots, label), "—")) for label in labels]
-        lines.append([str(dataset), METHODS[str(method)], str(arch), str(shots or "all"), *cells])
+        lines.append([str(dataset), curves.NAMES[str(method)], str(arch), str(shots or "all"), *cells])
     return [markdown(["dataset", "method", "arch", "per class", *labels], lines)]
 
 
@@ -93,7 +92,7 @@ def by_dataset(suite: Suite, rows: Sequence[Row], starts: Mapping[Upstream, Star
     """The paper's table 1: a line per dataset, a column per network, then the published ones; for VTAB its groups first."""
     told = grouped(rows, "dataset", "method", "arch", "upstream")
     ours = list(dict.fromkeys(key[1:] for key in told))
-    heads = [f"{arch}, {upstream}: {METHODS[str(method)]}" for method, arch, upstream in ours]
+    heads = [f"{arch}, {upstream}: {curves.NAMES[str(method)]}" for method, arch, upstream in ours]
     names = list(dict.fromkeys(str(key[0]) for key in told))
     # Published are full transfers, which stand beside nothing that trained on 1,000 examples.
     published = {} if suite.protocol == "vtab-1k" else PUBLISHED
@@ -111,7 +110,7 @@ def _vtab(rows: Sequence[Row], ours: Sequence[tuple[object, ...]]) -> str:
     for method, arch, upstream in ours:
         own = [row for row in rows if (row.method, row.arch, row.upstream) == (method, arch, upstream)]
         cells = [str(figure(means)) if (means := group_means(own, group)) else "—" for group in (*GROUPS, None)]
-        lines.append([f"{arch}, {upstream}: {METHODS[str(method)]}", *cells])
+        lines.append([f"{arch}, {upstream}: {curves.NAMES[str(method)]}", *cells])
     lines.append(["BiT-L, published", "", "", "", VTAB_MEAN])
     return markdown(["network", *GROUPS, "mean of the tasks"], lines)
 
