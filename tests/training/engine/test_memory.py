@@ -41,7 +41,8 @@ def test_what_a_picture_keeps_grows_with_its_area_and_shrinks_by_recomputing() -
     assert memory.picture_bytes(model, 64, bf16=False) < 0.5 * large
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_activation_checkpointing_changes_no_gradient(fused: bool) -> None:
     torch.manual_seed(0)
     model, images = zoo.create("R14x0.5", 4), torch.randn(2, 3, 32, 32)
     torch.nn.init.normal_(model.head.weight)
@@ -51,8 +52,9 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
         model(images).square().sum().backward()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
+    memory.prepare(model, recipe(1), PretrainConfig(fused=fused), 32, CPU)
     plain = gradients()
-    memory.prepare(model, recipe(1), PretrainConfig(activation_checkpointing=True), 32, CPU)
+    memory.prepare(model, recipe(1), PretrainConfig(fused=fused, activation_checkpointing=True), 32, CPU)
     assert model.recompute
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
 
