@@ -13,7 +13,7 @@ from rich.table import Table
 from training import finetune, receipt
 from training.config import Config
 from training.data.shards import Dataset
-from training.engine import distributed
+from training.engine import distributed, memory
 from training.engine.fit import View, fit
 from training.models import npz, zoo
 from training.params import load, tenants
@@ -44,9 +44,10 @@ def accuracy(tenant: str, start: str, seed: int, upstream: receipt.Receipt, worl
     model = zoo.create(str(upstream.details["arch"]), data.num_classes)
     if start == finetune.TRANSFER:
         npz.load(model, upstream.outputs["weights"].uri, head=False)
+    recipe = finetune.recipe_for(config.finetune, rule, data.multi_label)
     history = fit(
         model,
-        finetune.recipe_for(config.finetune, rule, data.multi_label),
+        memory.prepare(model, recipe, config.finetune, rule.crop, world),
         data,
         View(rule.resize, rule.crop, config.finetune.flips, config.finetune.crops),
         world,
