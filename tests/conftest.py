@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from training.config import PackConfig
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.pack import pack
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from services import preprocess
 from training import plots, receipt, tracking
 from training.config import Config, ConfigError
-from training.data.shards import Dataset, Split
+from training.data.dataset import Dataset, Split
 from training.engine import distributed, inference
 from training.models import npz, zoo
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from services import preprocess
 from training import receipt, tracking
 from training.config import Config
-from training.data.shards import Dataset, Split
+from training.data.dataset import Dataset, Split
 from training.errors import UserError
 from training.models import graph, npz, zoo
 from training.models.resnet import ResNet, normalize

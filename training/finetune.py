@@ -16,7 +16,7 @@ import torch
 
 from training import plots, receipt, tracking
 from training.config import Config, FinetuneConfig
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.engine import attempts, distributed, memory, store
 from training.engine import recipe as recipes
 from training.engine.fit import History, View, fit

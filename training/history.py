@@ -1,6 +1,6 @@
 """Who moved a tenant's champion, when and why: one run per promotion in MLflow's experiment `promotions`.
 
-The service writes there too, when it notices that somebody moved the alias in MLflow's UI (services/inference/registry.py).
+The service writes there too, when it notices that somebody moved the alias in MLflow's UI: services/inference/mlflow_registry.py.
 """
 
 import getpass

@@ -25,7 +25,8 @@ from services import preprocess
 from training import receipt, tracking
 from training.config import Config, ConfigError, PackConfig
 from training.data import shards, sources
-from training.data.shards import Dataset, Example
+from training.data.dataset import Dataset
+from training.data.shards import Example
 
 STAGE = "pack"
 ERRORS = "errors.csv"

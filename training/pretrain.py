@@ -12,7 +12,7 @@ import torch
 
 from training import plots, receipt, recipes, tracking
 from training.config import Config, PretrainConfig
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.engine import attempts, distributed, memory, recipe, store
 from training.engine.fit import View, fit
 from training.engine.profile import Profile

@@ -17,7 +17,7 @@ from services.inference.engine import Session
 from services.inference.errors import Refused
 from training import plots, receipt
 from training.config import ConfigError
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.data.sources import SUFFIXES
 
 TIMED = 40  # each export is timed on at least so many pictures, taking them again where there are fewer

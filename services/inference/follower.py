@@ -19,7 +19,7 @@ from services.inference.engine import Session
 from services.inference.errors import NotFound, Refused
 from services.inference.metrics import Metrics
 from services.inference.models import Cold, Models, Served
-from services.inference.registry import Registry, RegistryDown, timestamp
+from services.inference.registry import Registry, RegistryDown
 
 log = logging.getLogger("bit.follower")
 NICENESS = 15  # loading gives way to answering
@@ -171,7 +171,7 @@ class Follower:
             self.registry.report(item, state)
         except (RegistryDown, Refused) as error:
             log.warning("%s version %s: cannot write %r back: %s", item.tenant, item.version, state, error)
-        except Exception:
+        except Exception:  # nor does one that nobody foresaw
             log.exception("%s version %s: cannot write %r back", item.tenant, item.version, state)
 
     def _run(self) -> None:
@@ -240,3 +240,7 @@ def trim() -> None:
     """Gives freed memory back: without it 25 swaps of a 330 MB model held 586 MB, with it 206 MB (measured)."""
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def timestamp() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -208,17 +208,8 @@ class Pages:
         ]
 
 
-def pages(
-    models: Models,
-    follower: Follower,
-    metrics: Metrics,
-    tally: Tally,
-    tenants: Tenants,
-    settings: Settings,
-    draining: asyncio.Event,
-) -> Starlette:
+def pages(own: Pages) -> Starlette:
     """The application behind every path that isn't an inference."""
-    own = Pages(models, follower, metrics, tally, tenants, settings, draining)
     unsupported = [
         Route(path, own.does_not_apply, methods=["GET", "POST"])
         for path in ("/v2/trace/setting", "/v2/models/{name}/trace/setting", "/v2/logging")

@@ -11,7 +11,7 @@ from tests.cluster.conftest import ROOT, person
 from tests.clusters import Cluster, wait_for
 from training import submit
 from training.cluster import explain
-from training.cluster.jobs import EVERYWHERE, LONGEST_PAUSE_S, ClusterError, Jobs
+from training.cluster.jobs import EVERYWHERE, LONGEST_PAUSE_S, ClusterError, Jobs, pause_s
 from training.cluster.manifests import Order, render
 from training.config import ClusterConfig, Config
 
@@ -70,13 +70,11 @@ def test_a_log_that_is_not_there_yet_is_empty_and_a_refused_one_is_told(
         list(blind.logs("bit-pretrain-1-worker-0", follow=False))
 
 
-def test_a_watch_rests_no_longer_after_days_without_an_answer(
-    prepared: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rests: list[float] = []
-    monkeypatch.setattr("time.sleep", rests.append)
-    assert jobs_of(prepared, monkeypatch)._rest(2000, OSError()) == 2001
-    assert rests == [LONGEST_PAUSE_S]
+def test_a_watch_rests_longer_each_time_but_no_longer_after_days_without_an_answer() -> None:
+    rests = [pause_s(failures) for failures in (0, 1, 2, 2000)]
+    assert rests == sorted(rests)
+    assert rests[0] < 1
+    assert rests[-1] == LONGEST_PAUSE_S
 
 
 def test_a_cluster_without_the_operator_and_one_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from charts.dashboard import dashboard
 from tests.operations.prometheus import Prometheus, Sample, prometheus
 from tests.services.exports import export, gray_png
 from tests.services.running import Folder, Service, bit_serve
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.demo.walk import free_port
 from training.serve import process
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import draw_folder
 from training.config import PackConfig
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.pack import ERRORS, PackError, pack
 
 

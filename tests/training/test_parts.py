@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import draw_folder
 from training import parts
 from training.config import Config, ConfigError, PackConfig
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.pack import pack
 
 

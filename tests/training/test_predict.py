@@ -15,7 +15,7 @@ from tests.services.exports import CLASSES, export
 from training import predict
 from training.config import ConfigError
 from training.data import pictures
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.data.sources import SourceError
 
 COUNT = 60

@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import encode
 from training.config import PackConfig
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.engine import inference
 from training.engine.distributed import World
 from training.engine.fit import View, fit

@@ -222,7 +222,7 @@ class Jobs:
             return 0
         if failures == 1:
             print(f"{self.host} does not answer; the job goes on, and so does the watch", file=sys.stderr)
-        time.sleep(min(LONGEST_PAUSE_S, 0.5 * 2 ** min(failures, 5)))
+        time.sleep(pause_s(failures))
         return failures + 1
 
     def _list(self, **how: Any) -> Any:
@@ -267,3 +267,8 @@ class Jobs:
         if error.status == 401:
             return f"{self.host} does not accept your credentials: log in again, or choose another cluster.context."
         return f"cannot {what}: {said}"
+
+
+def pause_s(failures: int) -> float:
+    """Seconds to rest after so many failures in a row, however many."""
+    return min(LONGEST_PAUSE_S, 0.5 * 2 ** min(failures, 5))

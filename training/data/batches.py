@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from services import preprocess
 from training.data import area, augment
-from training.data.shards import Split
+from training.data.dataset import Split
 from training.errors import UserError
 
 CACHE_BYTES = 2 * 2**30  # decoded splits up to this size stay in memory

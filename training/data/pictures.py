@@ -12,7 +12,8 @@ from pathlib import Path
 
 import fsspec
 
-from training.data.shards import INDEX, Dataset
+from training.data.dataset import Dataset
+from training.data.shards import INDEX
 from training.data.sources import SUFFIXES, SourceError
 
 KINDS = "Give a folder of pictures, a picture, a .csv with the column `path`, packed shards, or a URL of one of these."

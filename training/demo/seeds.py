@@ -12,7 +12,7 @@ from rich.table import Table
 
 from training import finetune, receipt
 from training.config import Config
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.engine import distributed, memory
 from training.engine.fit import View, fit
 from training.models import npz, zoo

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.data.batches import Stream
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.engine import inference, store
 from training.engine.attempts import Attempt
 from training.engine.checkpoint import Checkpoints

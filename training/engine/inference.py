@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from training.data.batches import eval_batches
-from training.data.shards import Split
+from training.data.dataset import Split
 from training.engine.distributed import World
 from training.models.resnet import ResNet, normalize
 

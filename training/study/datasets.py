@@ -7,6 +7,7 @@ A dataset lies in <root>/<folder>, as its authors, torchvision, TFDS or Hugging 
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,8 @@ import numpy as np
 from services import preprocess
 from training.config import ConfigError
 from training.data import shards
-from training.data.shards import Dataset, Example
+from training.data.dataset import Dataset
+from training.data.shards import Example
 from training.pack import read_bytes, split_of
 from training.study import arrays, authors, demo, folders, hub, labels, tfds
 from training.study.source import Label, Reader, Source, Task, png
@@ -48,9 +50,38 @@ class Row:
     black_and_white: bool = False  # pictures of 0 and 1
 
 
-CLEVR = "CLEVR_v1.0.zip from cs.stanford.edu/people/jcjohns/clevr"
-DSPRITES = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz from github.com/google-deepmind/dsprites-dataset"
-NORB = "the .mat.gz files of smallNORB from cs.nyu.edu/~ylclab/data/norb-v1.0-small"
+# Datasets of two tasks each, whose labels no crop survives.
+CLEVR = partial(
+    Row,
+    group="structured",
+    get="CLEVR_v1.0.zip from cs.stanford.edu/people/jcjohns/clevr",
+    crops=False,
+    folder="clevr",
+    native=authors.clevr,
+    tfds="clevr",
+    test="validation",
+)
+DSPRITES = partial(
+    Row,
+    16,
+    "structured",
+    "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz from github.com/google-deepmind/dsprites-dataset",
+    flips=False,  # the place in the picture is the label, or part of it
+    crops=False,
+    folder="dsprites",
+    native=arrays.dsprites,
+    tfds="dsprites",
+    black_and_white=True,
+)
+NORB = partial(
+    Row,
+    group="structured",
+    get="the .mat.gz files of smallNORB from cs.nyu.edu/~ylclab/data/norb-v1.0-small",
+    crops=False,
+    folder="smallnorb",
+    native=arrays.smallnorb,
+    tfds="smallnorb",
+)
 DATASETS: dict[str, Row] = {
     "digits": Row(10, "demo", "scikit-learn, which brings it", flips=False, native=demo.digits),
     "textures": Row(3, "demo", "scikit-image, which brings it", native=demo.textures),
@@ -115,28 +146,8 @@ DATASETS: dict[str, Row] = {
         native=authors.retinopathy,
         tfds="diabetic_retinopathy_detection",
     ),
-    "clevr-count": Row(
-        8,
-        "structured",
-        CLEVR,
-        crops=False,
-        folder="clevr",
-        native=authors.clevr,
-        tfds="clevr",
-        label=labels.clevr_count,
-        test="validation",
-    ),
-    "clevr-distance": Row(
-        6,
-        "structured",
-        CLEVR,
-        crops=False,
-        folder="clevr",
-        native=authors.clevr,
-        tfds="clevr",
-        label=labels.clevr_distance,
-        test="validation",
-    ),
+    "clevr-count": CLEVR(8, label=labels.clevr_count),
+    "clevr-distance": CLEVR(6, label=labels.clevr_distance),
     "dmlab": Row(6, "structured", "dmlab, as TFDS lays it out", tfds="dmlab"),
     "kitti-distance": Row(
         4,
@@ -148,51 +159,10 @@ DATASETS: dict[str, Row] = {
         tfds="kitti",
         label=labels.kitti_distance,
     ),
-    "dsprites-location": Row(
-        16,
-        "structured",
-        DSPRITES,
-        flips=False,  # the place in the picture is the label, or part of it
-        crops=False,
-        folder="dsprites",
-        native=arrays.dsprites,
-        tfds="dsprites",
-        label=labels.dsprites_location,
-        black_and_white=True,
-    ),
-    "dsprites-orientation": Row(
-        16,
-        "structured",
-        DSPRITES,
-        flips=False,  # the place in the picture is the label, or part of it
-        crops=False,
-        folder="dsprites",
-        native=arrays.dsprites,
-        tfds="dsprites",
-        label=labels.dsprites_orientation,
-        black_and_white=True,
-    ),
-    "smallnorb-azimuth": Row(
-        18,
-        "structured",
-        NORB,
-        flips=False,  # the place in the picture is the label, or part of it
-        crops=False,
-        folder="smallnorb",
-        native=arrays.smallnorb,
-        tfds="smallnorb",
-        label="label_azimuth",
-    ),
-    "smallnorb-elevation": Row(
-        9,
-        "structured",
-        NORB,
-        crops=False,
-        folder="smallnorb",
-        native=arrays.smallnorb,
-        tfds="smallnorb",
-        label="label_elevation",
-    ),
+    "dsprites-location": DSPRITES(label=labels.dsprites_location),
+    "dsprites-orientation": DSPRITES(label=labels.dsprites_orientation),
+    "smallnorb-azimuth": NORB(18, label="label_azimuth", flips=False),
+    "smallnorb-elevation": NORB(9, label="label_elevation"),
 }
 # The 19 tasks of VTAB, in its own order. Source: Zhai et al., 2019, table 2.
 VTAB = (

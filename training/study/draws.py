@@ -8,7 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from training.config import ConfigError
-from training.data.shards import Dataset, Split
+from training.data.dataset import Dataset, Split
 from training.study.suites import Protocol
 
 VTAB_TRAIN, VTAB_VALIDATION = 800, 200

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from training import finetune, receipt
 from training.config import Config, ConfigError, FinetuneConfig
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.engine import inference, memory
 from training.engine.distributed import World
 from training.engine.fit import View, fit

@@ -9,7 +9,7 @@ from sklearn.preprocessing import StandardScaler
 
 from training.config import Method
 from training.data.batches import eval_batches
-from training.data.shards import Split
+from training.data.dataset import Split
 from training.models.resnet import ResNet, normalize
 
 

@@ -7,7 +7,7 @@ import torch
 
 from training import pretrain, receipt
 from training.config import Config, ConfigError
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.engine import memory
 from training.engine.distributed import World
 from training.engine.fit import fit

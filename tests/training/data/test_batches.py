@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from training.data import area, augment
 from training.data.batches import Stream, eval_batches
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.engine.loss import crop_and_flip
 
 VIEW = {"seed": 3, "global_batch": 16, "resize": 20, "crop": 16, "flips": True, "crops": True}

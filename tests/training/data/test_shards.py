@@ -12,8 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from training.data import dataset as reading
 from training.data import shards
-from training.data.shards import Dataset, DatasetError, Example
+from training.data.dataset import Dataset
+from training.data.shards import DatasetError, Example
 
 
 def example(number: int, size: int, label: int) -> Example:
@@ -68,7 +70,7 @@ def test_a_dataset_is_read_through_fsspec_urls(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_more_shards_than_may_be_open_are_read_by_many_threads(tmp_path: Path, scheme: str) -> None:
-    count = shards.MAX_OPEN + 20
+    count = reading.MAX_OPEN + 20
     written = [("train", example(number, 100 + number, 0)) for number in range(count)]
     shards.write(tmp_path, written, ["a", "b"], False, 1, {})
     split = Dataset.open(f"{scheme}{tmp_path}").split("train")
@@ -77,7 +79,7 @@ def test_more_shards_than_may_be_open_are_read_by_many_threads(tmp_path: Path, s
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
             assert list(pool.map(split.read, range(count))) == [made.data for _, made in written]
-    assert len(os.listdir("/proc/self/fd")) <= before + shards.MAX_OPEN
+    assert len(os.listdir("/proc/self/fd")) <= before + reading.MAX_OPEN
     split.close()
     assert len(os.listdir("/proc/self/fd")) <= before
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from training.config import PretrainConfig, Sharding
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.engine import attempts, distributed, memory, store
 from training.engine.fit import View, fit
 from training.engine.recipe import Recipe

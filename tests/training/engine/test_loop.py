@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.training.engine.small_training import recipe
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.engine.loss import neighbours
 
 STEPS = 20

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from tests.services.running import mlflow_server
 from tests.training.engine.test_loop import MODULE, environment, largest_difference, run
 from training import tracking
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.demo.walk import free_port
 
 pytestmark = pytest.mark.heavy

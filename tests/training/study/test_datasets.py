@@ -12,7 +12,7 @@ import pytest
 from services import preprocess
 from tests.training.study import layouts
 from training.config import ConfigError
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.data.sources import SourceError
 from training.study import tfds
 from training.study.datasets import DATASETS, VTAB, opened

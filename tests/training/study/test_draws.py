@@ -6,7 +6,7 @@ import pytest
 from sklearn.linear_model import Ridge
 
 from training.config import ConfigError, PackConfig
-from training.data.shards import Dataset
+from training.data.dataset import Dataset
 from training.pack import pack
 from training.study import draws, probe
 
