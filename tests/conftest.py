@@ -1,5 +1,6 @@
 """Tiny pictures and datasets that several rooms' tests share. Everything is drawn, nothing is downloaded."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 from training.config import PackConfig
 from training.data.dataset import Dataset
 from training.pack import pack
+
+# A shell that runs the tests in the background has Ctrl-C ignored, which every command that they start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def encode(image: np.ndarray, suffix: str = ".png") -> bytes:

@@ -1,4 +1,4 @@
-"""What a person can mend. Every such error is one of these; `bit` prints its message and ends with status 2.
+"""What a person can mend. Every such error is one of these; `bit` prints its message and ends with its status.
 
 UserError
 ├── ConfigError       config.py      params.yaml, --set, a receipt that is not there yet
@@ -15,7 +15,8 @@ UserError
 ├── TrackingError     tracking.py    MLflow does not answer when its answer is needed
 ├── ParityError       export.py      ONNX Runtime and torch disagree
 ├── ManifestError     cluster        a file in k8s/ that the cluster would refuse or misunderstand
-├── ClusterError      cluster        the cluster cannot be reached, refuses, or a job failed
+├── ClusterError      cluster        the cluster cannot be reached, or refuses
+│   └── JobError      submit.py      a job that failed: `bit` ends with its container's exit code
 └── GateError         promote.py     a challenger that a gate holds back
 
 Messages name the value, the choices and what to do next.
@@ -23,4 +24,6 @@ Messages name the value, the choices and what to do next.
 
 
 class UserError(ValueError):
-    """Something that the person at the keyboard can mend."""
+    """Something that the person at the keyboard can mend. status: the exit status of `bit`."""
+
+    status = 2

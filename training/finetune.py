@@ -7,6 +7,7 @@ scratch by the same rule, so that the gain of transfer is a measured figure.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -30,11 +31,14 @@ STAGE = "finetune"
 TRANSFER, SCRATCH = "transfer", "scratch"
 
 
-def main(config: Config, tenant: str, fork: bool = False, profile: int = 0) -> None:
+def main(
+    config: Config, tenant: str, fork: bool = False, profile: int = 0, deliver: Callable[[], None] = lambda: None
+) -> None:
     """Fine-tunes the upstream network for one tenant and writes the stage's receipt.
 
     fork: start from the weights of an interrupted training whose values differ, instead of refusing it; profile: steps whose
-    trace is written to trace.json.
+    trace is written to trace.json; deliver: called when the receipt is written and the checkpoints are still there, for they go
+    only when the result has arrived.
     """
     called = time.monotonic()
     packed, upstream = receipt.read("pack", tenant), receipt.read("pretrain")
@@ -107,6 +111,7 @@ def main(config: Config, tenant: str, fork: bool = False, profile: int = 0) -> N
                     "upstream_version": upstream.details["version"],
                 },
             ).write(out)
+            deliver()
 
 
 def rule_for(stage: FinetuneConfig, data: Dataset) -> HyperRule:

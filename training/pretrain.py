@@ -6,6 +6,7 @@ With `upstream.weights` set, published weights are adopted instead of training. 
 steps) this takes about 2.5 minutes on 2 cores.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,22 +24,24 @@ from training.schedules import staircase
 STAGE = "pretrain"
 
 
-def main(config: Config, fork: bool = False, profile: int = 0) -> None:
+def main(config: Config, fork: bool = False, profile: int = 0, deliver: Callable[[], None] = lambda: None) -> None:
     """Trains or adopts the upstream network, registers it and writes the stage's receipt.
 
     fork: start from the weights of an interrupted training whose values differ, instead of refusing it; profile: steps whose
-    trace is written to trace.json.
+    trace is written to trace.json; deliver: called when the receipt is written and the checkpoints are still there, for they go
+    only when the result has arrived.
     """
     out = receipt.folder(STAGE)
     out.mkdir(parents=True, exist_ok=True)
     weights = out / "weights.npz"
     if config.upstream.weights:
         _adopt(config, weights)
+        deliver()
     else:
-        _train(config, weights, fork, profile)
+        _train(config, weights, fork, profile, deliver)
 
 
-def _train(config: Config, weights: Path, fork: bool, profile: int) -> None:
+def _train(config: Config, weights: Path, fork: bool, profile: int, deliver: Callable[[], None]) -> None:
     """The network trained on the packed upstream pictures."""
     packed = receipt.read("pack")
     data = Dataset.open(packed.outputs["dataset"].uri)
@@ -79,6 +82,7 @@ def _train(config: Config, weights: Path, fork: bool, profile: int) -> None:
             metrics = {name: values[-1][1] for name, values in history.items() if name.startswith(("test_", "loss"))}
             metrics["memory_peak_gb"] = world.backend.peak_bytes() / 1e9
             _register(config, weights, run, inputs, metrics)
+            deliver()
 
 
 def planned(stage: PretrainConfig, num_examples: int, multi_label: bool) -> tuple[Recipe, View]:

@@ -30,10 +30,18 @@ DETACHED = 130  # 128 + SIGINT
 OVER = ("Succeeded", "Failed", "Removed")
 
 
+class JobError(ClusterError):
+    """A job that failed. status: the exit code of its container, 1 where that is no longer known."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def main(config: Config, stage: str, tenant: str | None = None, *, follow: bool = True, retry: bool = False) -> None:
     """Submits a stage, or joins its job; with `follow` until it ends and its receipt is back.
 
-    Raises ClusterError with the reason where the job failed.
+    Raises JobError with the reason where the job failed.
     """
     jobs, wanted = Jobs(config.cluster, tenant), order(config, stage, tenant)
     found = jobs.get(wanted.name)
@@ -81,7 +89,8 @@ def attach(config: Config, jobs: Jobs, name: str, stage: str, tenant: str | None
         raise SystemExit(DETACHED) from None
     if explain.condition(job) == "Failed":
         again = " ".join(("bit submit", stage, *([tenant] if tenant else []), "--retry"))
-        raise ClusterError(f"{name} failed: {why(config, followed.ends, job, stage)}\nMend it, then: {again}")
+        told = f"{name} failed: {why(config, followed.ends, job, stage)}\nMend it, then: {again}"
+        raise JobError(told, explain.exit_code(followed.ends))
     if explain.condition(job) == "Removed":
         raise ClusterError(f"{name} was removed: {why(config, [], job, stage)}")
     results.collect(config, followed.pods, job, stage, tenant)
@@ -208,7 +217,7 @@ def fleet(configs: dict[str, Config], *, follow: bool = True, retry: bool = Fals
     say(f"{jobs.calls} requests to the API server, {submitted} of them to submit")
     if failures:
         told = "\n".join(f"{tenant}: {reason.splitlines()[-1]}" for tenant, reason in failures.items())
-        raise ClusterError(f"{len(failures)} of {len(orders)} failed; --retry runs them again:\n{told}")
+        raise JobError(f"{len(failures)} of {len(orders)} failed; --retry runs them again:\n{told}")
 
 
 def _submit_all(

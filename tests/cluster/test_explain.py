@@ -119,6 +119,11 @@ def test_why_a_job_failed(
     assert re.search(said, told), told
 
 
+def test_the_exit_code_is_the_failed_containers() -> None:
+    assert explain.exit_code([OOM, BUG]) == 137
+    assert explain.exit_code([]) == 1
+
+
 def test_what_was_started_again_is_counted_with_its_last_words() -> None:
     again = pod(containerStatuses=[{"restartCount": 2, "state": {"running": {}}, "lastState": {"terminated": BUG}}])
     assert explain.restarts([again]) == "started again 2 times; last words: KeyError: 'head'"

@@ -114,7 +114,7 @@ def test_two_real_workers_train_through_the_loss_of_a_pod(
 
         edit(root, mount)
         submit = Command(root, node, tmp_path / "submit.log", "-m", "training", "submit", "pretrain")
-        wait_for(lambda: list(shared.glob("upstream/**/step-*")) or submit.process.poll() is not None)
+        wait_for(lambda: list(shared.rglob("step-*/meta.json")) or submit.process.poll() is not None)
         assert submit.process.poll() is None, submit.log
         [job] = node.get("pytorchjobs", "-n", "bit")["items"]
         name = job["metadata"]["name"]

@@ -1,13 +1,18 @@
 """What a stage does inside a pod: files from a mounted ConfigMap, last words of an error."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.cluster.conftest import ROOT
+from tests.conftest import draw_folder
+from tests.e2e.test_pipeline import PARAMS
 
 
 @pytest.fixture
@@ -62,3 +67,38 @@ def test_a_store_that_does_not_answer_takes_nothing_from_the_error(pod: dict[str
     assert "did you mean 'steps'" in done.stderr
     assert "does not take the error" in done.stderr
     assert (tmp_path / "termination").is_file()
+
+
+def test_checkpoints_stay_until_the_result_has_arrived_and_what_has_ended_is_not_run_again(
+    pod: dict[str, str], tmp_path: Path
+) -> None:
+    home, work, mounted, store = tmp_path / "home", tmp_path / "work", tmp_path / "etc" / "..data", tmp_path / "store"
+    draw_folder(home / "data" / "upstream")
+    given = PARAMS | {"tracking_uri": f"sqlite:///{home}/mlflow.db"}
+    (home / "params.yaml").write_text(yaml.safe_dump(given))
+    assert run(home, {"PYTHONPATH": str(ROOT)}, sys.executable, "-m", "training", "pack").returncode == 0
+    packed = (home / "runs" / "pack" / "upstream" / "receipt.json").read_text().replace('"runs/', f'"{home}/runs/')
+    (mounted / "runs" / "pack" / "upstream" / "receipt.json").write_text(packed)
+    (mounted / "params.yaml").write_text((home / "params.yaml").read_text())
+    pretrain = (work, pod, sys.executable, "-m", "training", "pretrain")
+
+    store.write_text("not a folder")
+    assert run(*pretrain).returncode == 1
+    assert (work / ".checkpoints" / "upstream" / "step-00000006" / "meta.json").is_file()
+    store.unlink()
+    again = run(*pretrain)
+    assert again.returncode == 0, again.stderr
+    assert "resumed after step 6" in again.stdout + again.stderr
+    assert not (work / ".checkpoints" / "upstream").exists()
+
+    receipt, termination = store / "receipt.json", tmp_path / "termination"
+    made = receipt.read_bytes()
+    termination.unlink()
+    late = run(*pretrain)
+    assert late.returncode == 0
+    assert "has ended well before" in late.stdout
+    assert receipt.read_bytes() == made
+    assert json.loads(termination.read_text())["sha256"] == hashlib.sha256(made).hexdigest()
+    (mounted / "params.yaml").write_text(yaml.safe_dump(given | {"pretrain": given["pretrain"] | {"seed": 1}}))
+    assert run(*pretrain).returncode == 0
+    assert receipt.read_bytes() != made

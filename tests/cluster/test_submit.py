@@ -92,7 +92,8 @@ def test_a_killed_repro_attaches_and_lost_workers_resume(
     prepared: Cluster, submitter: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
 ) -> None:
     two = {"pretrain": CPU | {"workers": 2}}
-    root = project(template, tmp_path / "p", tmp_path / "store", seed=2, pretrain={"seed": 2, **LONG}, cluster=two)
+    long = {**LONG, "steps": 1200, "evaluate_every": 1200}  # a worker is made anew twice meanwhile, each time in 10 s
+    root = project(template, tmp_path / "p", tmp_path / "store", seed=2, pretrain={"seed": 2, **long}, cluster=two)
     first = Command(root, submitter, tmp_path / "first.log", "-m", "dvc", "repro", "pretrain")
     wait_for(lambda: "running" in first.log or first.process.poll() is not None)
     job = only_job(prepared, 2)
@@ -135,12 +136,12 @@ def test_why_a_job_waits_and_fails_is_told_in_plain_words(
 
     wrong = ("--set", "pretrain.seed=4", "--set", "pretrain.micro_batch=3")
     bit(root, submitter, "submit", "pretrain", "--detach", *wrong)
-    failed = bit(root, submitter, "attach", only_job(prepared, 4), status=2)
+    failed = bit(root, submitter, "attach", only_job(prepared, 4), status=1)  # the exit code of its container
     assert "micro_batch=3 does not divide a rank's share of 8 examples" in failed
     assert "started again 1 time; last words: " in failed
     assert "Mend it, then: bit submit pretrain --retry" in failed
     assert "micro_batch=3 does not divide a rank's share of 8 examples" in bit(
-        root, prepared, "attach", only_job(prepared, 4), status=2
+        root, prepared, "attach", only_job(prepared, 4), status=1
     )  # no pods now
 
 

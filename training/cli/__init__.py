@@ -68,7 +68,7 @@ def options(
 
 
 def main() -> None:
-    """Runs the command line; an error that the user can mend ends with its message and status 2, without a traceback."""
+    """Runs the command line; an error that the user can mend ends with its message and its status, without a traceback."""
     if pod.is_pod():
         pod.prepare()
     try:
@@ -76,4 +76,4 @@ def main() -> None:
             build()()
     except UserError as error:
         print(f"bit: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -13,18 +14,22 @@ from training.config import Config, ConfigError
 from training.errors import UserError
 from training.params import load, tenants
 
+ON_THE_CLUSTER = ("pretrain", "finetune")
+
 
 def stage(name: str, config: Config, tenant: str | None = None, **options: Any) -> None:
     """Runs one stage, here or on the cluster. Its module is imported only now, so that `bit --help` answers at once."""
     arguments: Any = (tenant,) if tenant else ()
-    if config.runner == "kubernetes" and name in ("pretrain", "finetune") and not pod.is_pod():
+    if config.runner == "kubernetes" and name in ON_THE_CLUSTER and not pod.is_pod():
         if stated := [f"--{option}" for option, value in options.items() if value]:
             raise ConfigError(f"{' and '.join(stated)}: for a training that runs here only: --set runner=local.")
         import_module("training.submit").main(config, name, *arguments)
         return
+    if pod.is_pod() and name in ON_THE_CLUSTER:
+        if pod.delivered():
+            return
+        options["deliver"] = partial(pod.deliver, name, tenant)
     import_module(f"training.{name}").main(config, *arguments, **options)
-    if pod.is_pod():
-        pod.deliver(name, tenant)
 
 
 def pack(

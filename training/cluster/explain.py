@@ -152,5 +152,10 @@ def terminated(pods: list[Object]) -> list[Object]:
     return found
 
 
+def exit_code(ends: list[Object]) -> int:
+    """The exit code of the container that failed first; 1 where none is known any more."""
+    return next((end["exitCode"] for end in ends), 1)
+
+
 def _last_lines(text: str, count: int = 12) -> str:
     return "\n".join(text.strip().splitlines()[-count:])

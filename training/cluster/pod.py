@@ -11,7 +11,6 @@ import atexit
 import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
 import traceback
@@ -25,6 +24,7 @@ from training.data import remote
 from training.errors import UserError
 
 SMALL = ("*.png", "*.csv", "metrics.json")  # results beside the artifacts that a person wants back
+PROJECT_HASH = "project"  # key of a receipt's details: the files that the job was given
 WORDS = "error.txt"  # in the job's folder of the store: why it failed, for those who come when its pods are gone
 
 
@@ -34,15 +34,29 @@ def is_pod() -> bool:
 
 def prepare() -> None:
     """Copies the project's files into the working directory; several ranks may do so at once."""
-    source = Path(os.environ.get("BIT_PROJECT", PROJECT))
-    # A mounted ConfigMap is a folder of links, to files and to folders, into the folder `..data`.
-    for path in (source / "..data").rglob("*"):
-        name = path.relative_to(source / "..data")
-        if path.is_file():
-            name.parent.mkdir(parents=True, exist_ok=True)
-            temporary = name.with_name(f".{name.name}.{os.getpid()}")
-            shutil.copyfile(path, temporary)
-            temporary.rename(name)
+    for name, data in _project().items():
+        name.parent.mkdir(parents=True, exist_ok=True)
+        temporary = name.with_name(f".{name.name}.{os.getpid()}")
+        temporary.write_bytes(data)
+        temporary.rename(name)
+
+
+def delivered() -> bool:
+    """Whether this job's receipt is in the store: a pod that is made anew after the end has nothing left to do.
+
+    Not where the job was edited and applied again under its old name.
+    """
+    url = f"{os.environ['BIT_STORE']}/{receipt.FILE}"
+    found = remote.text(url)
+    try:
+        made = receipt.Receipt.model_validate_json(found or "")
+    except ValueError:  # none, or a damaged one, in whose place a new one comes
+        return False
+    if found is None or made.details.get(PROJECT_HASH) != _project_hash():
+        return False
+    print(f"{url} is there: this job has ended well before")
+    _say(json.dumps({"receipt": url, "sha256": hashlib.sha256(found.encode()).hexdigest()}))
+    return True
 
 
 def deliver(stage: str, tenant: str | None) -> None:
@@ -59,7 +73,8 @@ def deliver(stage: str, tenant: str | None) -> None:
     for pattern in SMALL:
         for path in folder.glob(pattern):
             remote.upload(path, f"{store}/{path.name}")
-    data = made.model_copy(update={"outputs": outputs}).model_dump_json(indent=2).encode()
+    details = made.details | {PROJECT_HASH: _project_hash()}
+    data = made.model_copy(update={"outputs": outputs, "details": details}).model_dump_json(indent=2).encode()
     url = f"{store}/{receipt.FILE}"
     remote.write(data, url)
     told = json.dumps({"receipt": url, "sha256": hashlib.sha256(data).hexdigest()})
@@ -85,6 +100,17 @@ def last_words() -> Iterator[None]:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             atexit.register(os.kill, os.getppid(), signal.SIGTERM)  # when the error is printed
         raise
+
+
+def _project() -> dict[Path, bytes]:
+    """The project's files as they are mounted, by their names below its root."""
+    # A mounted ConfigMap is a folder of links, to files and to folders, into the folder `..data`.
+    source = Path(os.environ.get("BIT_PROJECT", PROJECT)) / "..data"
+    return {path.relative_to(source): path.read_bytes() for path in sorted(source.rglob("*")) if path.is_file()}
+
+
+def _project_hash() -> str:
+    return receipt.hash_of(*(f"{name}\0{data.hex()}" for name, data in _project().items()))
 
 
 def _say(words: str) -> None:
