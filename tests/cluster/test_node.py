@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(bool(build.lacking()) and "CI" not in os.environ, reason=f"needs {', '.join(build.lacking())}"),
 ]
 NODE = {"kubernetes.io/hostname": "node-0"}
+PODS = {"pool": "cpu", "node_selector": NODE, "cpu": "1", "memory": "2Gi", "workers": 2}
 STEPS = {"steps": 200, "checkpoint_every": 10, "evaluate_every": 200}
 
 
@@ -34,24 +36,24 @@ def image() -> str:
     return build.build("training-cpu")
 
 
-@pytest.fixture
-def node(image: str, tmp_path: Path) -> Iterator[Cluster]:
+@pytest.fixture(scope="module")
+def node(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster with one real node that has the training image."""
-    archive = build.save(image, tmp_path / "image.tar")
-    with clusters.running(tmp_path / "cluster", "training-operator,node") as cluster:
+    folder = tmp_path_factory.mktemp("node")
+    archive = build.save(image, folder / "image.tar")
+    with clusters.running(folder / "cluster", "training-operator,node") as cluster:
         cluster.load(archive)
         archive.unlink()
         yield cluster
 
 
-@pytest.fixture
-def shared(node: Cluster, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def shared(node: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`kubectl apply -k k8s/overlays/kind`, its claim bound to this folder, which the node has as well."""
     node.kubectl("apply", "--server-side", "-k", str(K8S / "overlays" / "kind"))
-    folder = tmp_path / "shared"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("shared")
     folder.chmod(0o777)  # hostPath volumes are not handed to the pods' group
-    for above in (tmp_path, *tmp_path.parents[:2]):
+    for above in folder.parents[:2]:
         above.chmod(above.stat().st_mode | 0o011)  # pytest's folders are its user's alone
     spec = {
         "accessModes": ["ReadWriteOnce"],
@@ -95,24 +97,27 @@ def mlflow_server(folder: Path) -> Iterator[tuple[str, str]]:
         server.wait()
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fresh(tmp_path_factory.mktemp("template") / "project")
+
+
+def mount(shared: Path, job: Any) -> None:
+    """Store and remote have the same path in the pods and here."""
+    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    [container] = pod["containers"]
+    container["volumeMounts"].append({"name": "checkpoints", "mountPath": str(shared)})
+
+
 def test_two_real_workers_train_through_the_loss_of_a_pod(
-    node: Cluster, shared: Path, image: str, tmp_path: Path
+    node: Cluster, shared: Path, image: str, template: Path, tmp_path: Path
 ) -> None:
     with mlflow_server(tmp_path / "mlflow") as (here, there):
-        pods = {"pool": "cpu", "node_selector": NODE, "cpu": "1", "memory": "2Gi", "workers": 2}
-        cluster = {"image": image, "tracking_uri": there, "remote": str(shared / "dvc"), "pretrain": pods}
-        template = fresh(tmp_path / "template")
+        cluster = {"image": image, "tracking_uri": there, "remote": str(shared / "dvc"), "pretrain": PODS}
         root = project(
             template, tmp_path / "p", shared / "store", seed=0, pretrain=STEPS, cluster=cluster, tracking_uri=here
         )
-
-        def mount(job: Any) -> None:
-            """Store and remote have the same path there and here."""
-            pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
-            [container] = pod["containers"]
-            container["volumeMounts"].append({"name": "checkpoints", "mountPath": str(shared)})
-
-        edit(root, mount)
+        edit(root, partial(mount, shared))
         submit = Command(root, node, tmp_path / "submit.log", "-m", "training", "submit", "pretrain")
         wait_for(lambda: list(shared.rglob("step-*/meta.json")) or submit.process.poll() is not None)
         assert submit.process.poll() is None, submit.log
@@ -135,3 +140,16 @@ def test_two_real_workers_train_through_the_loss_of_a_pod(
         assert run.data.tags["k8s.job_uid"] == job["metadata"]["uid"]
         assert run.data.tags["k8s.node"] == "node-0"
         assert run.data.tags["dvc.md5"].endswith(".dir")
+
+
+def test_a_container_that_is_killed_for_memory_is_told_with_what_would_fit(
+    node: Cluster, shared: Path, image: str, template: Path, tmp_path: Path
+) -> None:
+    small = PODS | {"workers": 1, "memory": "150Mi"}  # less than torch alone
+    cluster = {"image": image, "remote": str(shared / "dvc"), "pretrain": small}
+    root = project(template, tmp_path / "p", shared / "store", seed=9, cluster=cluster)
+    edit(root, partial(mount, shared))
+    edit(root, lambda job: job["spec"]["runPolicy"].update(backoffLimit=1))
+    said = bit(root, node, "submit", "pretrain", status=137)
+    assert "killed for memory (OOMKilled): --set pretrain.micro_batch=4 halves what a forward pass keeps" in said
+    assert "or raise cluster.pretrain.memory" in said

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.cluster.conftest import K8S, VOLUME
 from tests.cluster.kubelet import Kubelet
@@ -144,6 +145,11 @@ def test_why_a_job_waits_and_fails_is_told_in_plain_words(
         root, prepared, "attach", only_job(prepared, 4), status=1
     )  # no pods now
 
+    late = project(template, tmp_path / "late", tmp_path / "store", seed=8, pretrain={"seed": 8, "steps": 100_000})
+    edit(late, lambda job: job["spec"]["runPolicy"].update(activeDeadlineSeconds=5))
+    said = bit(late, submitter, "submit", "pretrain", status=1)
+    assert "its deadline passed (runPolicy.activeDeadlineSeconds)" in said
+
 
 def test_two_people_get_one_job_and_outlive_the_api_server(
     prepared: Cluster, submitter: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
@@ -175,7 +181,8 @@ def test_a_job_is_suspended_and_goes_on_as_kueue_does_it(
     prepared: Cluster, submitter: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
 ) -> None:
     never = {**LONG, "checkpoint_every": 300}  # the only checkpoint is the one that SIGTERM asks for
-    root = project(template, tmp_path / "p", tmp_path / "store", seed=6, pretrain={"seed": 6, **never})
+    queued = {"queue": "training"}
+    root = project(template, tmp_path / "p", tmp_path / "store", seed=6, pretrain={"seed": 6, **never}, cluster=queued)
     submit = Command(root, submitter, tmp_path / "submit.log", "-m", "training", "submit", "pretrain")
     wait_for(lambda: "running" in submit.log)
     job = only_job(prepared, 6)
@@ -186,11 +193,33 @@ def test_a_job_is_suspended_and_goes_on_as_kueue_does_it(
         prepared.kubectl("patch", "pytorchjob", job, "-n", "bit", "--type=merge", "-p", patch)
 
     suspend(True)
-    wait_for(lambda: "suspended" in submit.log)
+    wait_for(lambda: "suspended; queue 'training' has not admitted it" in submit.log)
+    tell_quota(prepared, job, "insufficient unused quota for nvidia.com/gpu in flavor gpu, 2 more needed")
+    told = "in queue 'training', number 1 of 1 there, waiting for quota: insufficient unused quota for nvidia.com/gpu"
+    wait_for(lambda: told in submit.log)
     wait_for(lambda: not prepared.get("pods", "-n", "bit", "-l", f"bit/job={job}")["items"])
     suspend(False)
     submit.end()
+    assert "stopped by SIGTERM after step" in kubelet.log(f"{job}-worker-0")
     assert "resumed after step" in kubelet.log(f"{job}-worker-0")
+
+
+def tell_quota(cluster: Cluster, job: str, message: str) -> None:
+    """Kueue's own object for a job that waits for quota."""
+    uid = cluster.get("pytorchjob", job, "-n", "bit")["metadata"]["uid"]
+    template = {"spec": {"restartPolicy": "OnFailure", "containers": [{"name": "pytorch", "image": "bit-training"}]}}
+    workload = {
+        "apiVersion": "kueue.x-k8s.io/v1beta2",
+        "kind": "Workload",
+        "metadata": {"name": job, "namespace": "bit", "labels": {"kueue.x-k8s.io/job-uid": uid}},
+        "spec": {"queueName": "training", "podSets": [{"name": "worker", "count": 1, "template": template}]},
+    }
+    cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(workload))
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    row = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": message}
+    status = json.dumps({"status": {"conditions": [row | {"lastTransitionTime": since}]}})
+    patch = ("--subresource=status", "--type=merge", "-p", status)
+    cluster.kubectl("patch", "workloads.kueue.x-k8s.io", job, "-n", "bit", *patch)
 
 
 def misspelt(job: Any) -> None:

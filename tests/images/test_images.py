@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -10,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.clusters import wait_for as wait_until
 from tests.conftest import draw_folder
 from tests.images.build import COPIED, ROOT, alone, base, build, buildah, lacking, storage
 from tests.images.containers import configuration, container, execute, rootfs
@@ -120,23 +122,41 @@ def test_a_golden_request_is_answered_read_only_and_sigterm_ends_the_service(inf
     assert "Read-only" not in (tmp_path / "run" / "log").read_text()
 
 
-def test_five_steps_of_training_by_torchrun_read_only(training: str, tmp_path: Path) -> None:
-    project = tmp_path / "project"
-    draw_folder(project / "data" / "upstream")
-    shutil.copy(ROOT / "params.yaml", project)
-    steps = (
-        "--set pretrain.steps=5 --set pretrain.warmup_steps=1 --set pretrain.decays=[0.6] --set pretrain.global_batch=8"
-    )
-    script = (
-        "cp -r /project /tmp/p && cd /tmp/p && python3 -m training pack"
-        f" && torchrun --nproc-per-node 2 -m training pretrain {steps} && cat runs/pretrain/receipt.json"
-    )
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project with upstream pictures, to be mounted."""
+    folder = tmp_path / "project"
+    draw_folder(folder / "data" / "upstream")
+    shutil.copy(ROOT / "params.yaml", folder)
+    return folder
+
+
+def pretrain(steps: int) -> str:
+    """The shell's words for a training of two ranks, after packing."""
+    values = {"steps": steps, "warmup_steps": 1, "decays": "[0.6]", "global_batch": 8}
+    given = " ".join(f"--set pretrain.{key}={value}" for key, value in values.items())
+    ready = "cp -r /project /tmp/p && cd /tmp/p && python3 -m training pack"
+    return f"{ready} && exec torchrun --nproc-per-node 2 -m training pretrain {given}"
+
+
+def test_five_steps_of_training_by_torchrun_read_only(training: str, project: Path, tmp_path: Path) -> None:
+    script = pretrain(5).replace("exec ", "") + " && cat runs/pretrain/receipt.json"
     with container(training, tmp_path / "run", "sh", "-c", script, mounts={project: "/project"}) as running:
         status = running.wait(timeout=400)  # 20 s on quiet cores
     said = (tmp_path / "run" / "log").read_text()
     assert status == 0, said[-3000:]
     assert "upstream 5/5" in said
     assert json.loads(said[said.rindex("\n{") :])["stage"] == "pretrain"
+
+
+def test_sigterm_to_torchrun_as_process_1_writes_a_checkpoint(training: str, project: Path, tmp_path: Path) -> None:
+    log = tmp_path / "run" / "log"
+    script = pretrain(100_000)
+    with container(training, tmp_path / "run", "sh", "-c", script, mounts={project: "/project"}) as running:
+        wait_until(lambda: "upstream 50/" in log.read_text() or running.poll() is not None)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=40) != 0
+    assert re.search(r"stopped by SIGTERM after step \d+, .* was written, start again to go on", log.read_text())
 
 
 def test_the_context_of_a_build_holds_what_is_copied_and_nothing_else(tmp_path: Path) -> None:

@@ -33,13 +33,13 @@ Rng = np.random.Generator
 
 def glyph(character: str, font: str, rng: Rng) -> Picture:
     """One drawing of a character, uint8 [40, 40, 3]."""
-    mask = _mask(character, font)
+    mask = _stroke(_mask(character, font), rng)
     scale = rng.uniform(0.75, 1.5) * SIDE / 64
     turn = cv2.getRotationMatrix2D((32, 32), rng.uniform(-18, 18), scale)
     turn[:, 2] += SIDE / 2 - 32 + rng.uniform(-4, 4, 2)
     turn[0, :2] *= rng.uniform(0.8, 1.2)
     coverage = cv2.warpAffine(mask, turn, (SIDE, SIDE), flags=cv2.INTER_AREA).astype(np.float32) / 255
-    return _finish(coverage, 8, rng)
+    return _finish(_wobble(coverage, rng), 8, rng)
 
 
 def texture(name: str, rng: Rng) -> Picture:
@@ -51,6 +51,21 @@ def texture(name: str, rng: Rng) -> Picture:
     values = TEXTURES[name](u + phase[0] * 4, v + phase[1] * 4, rng)
     low, high = np.percentile(values, (2, 98))
     return _finish(np.clip((values - low) / max(high - low, 1e-6), 0, 1).astype(np.float32), 20, rng)
+
+
+def _stroke(mask: Picture, rng: Rng) -> Picture:
+    """The strokes of a glyph as they are, thinner or thicker, as pens are."""
+    change = int(rng.integers(-1, 3))
+    brush = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * abs(change) + 1, 2 * abs(change) + 1))
+    return cv2.erode(mask, brush) if change < 0 else cv2.dilate(mask, brush)
+
+
+def _wobble(coverage: NDArray[np.float32], rng: Rng) -> NDArray[np.float32]:
+    """Bent by smooth random shifts of up to two pixels, as no hand writes a letter twice. Source: Simard et al., 2003."""
+    shift = cv2.GaussianBlur(rng.normal(0, 1, (SIDE, SIDE, 2)).astype(np.float32), (0, 0), rng.uniform(4, 7))
+    shift *= rng.uniform(0, 2.2) / max(float(shift.std()), 1e-6)
+    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
+    return cv2.remap(coverage, x + shift[..., 0], y + shift[..., 1], cv2.INTER_LINEAR)
 
 
 @lru_cache(maxsize=4096)

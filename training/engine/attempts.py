@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,7 +149,12 @@ def attempt(store: Store, stage: Optimisation, world: World, fork: bool = False)
     )
     try:
         yield me
-    except (Preempted, KeyboardInterrupt, BudgetError, CheckpointError):
+    except Preempted as stopped:
+        me.note(state="stopped")
+        if world.is_main:
+            print(stopped, file=sys.stderr, flush=True)  # nothing else would: it ends the process like any exit
+        raise
+    except (KeyboardInterrupt, BudgetError, CheckpointError):
         me.note(state="stopped")
         raise
     except BaseException:

@@ -70,9 +70,8 @@ def test_a_training_killed_in_the_middle_ends_bit_equal(straight: dict, tmp_path
 
 def test_sigterm_checkpoints_and_exits_143(straight: dict, tmp_path: Path, dataset: Dataset) -> None:
     command = [sys.executable, "-m", MODULE, dataset.url, str(tmp_path / "x.npz"), "100000", "stopped"]
-    child = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    with (tmp_path / "said").open("wb") as said:
+        child = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=said)
     assert child.stdout is not None
     assert child.stdout.readline() == b"ranks 1\n"
     child.stdout.readline()  # the first figures: it is in the middle of its steps
@@ -81,6 +80,7 @@ def test_sigterm_checkpoints_and_exits_143(straight: dict, tmp_path: Path, datas
     child.stdout.close()
     newest = max((tmp_path / ".checkpoints" / "stopped").glob("step-*/meta.json")).parent
     assert int(newest.name.removeprefix("step-")) >= 50
+    assert f"{newest.name} was written, start again to go on from there" in (tmp_path / "said").read_text()
 
 
 @pytest.mark.parametrize(
