@@ -40,7 +40,7 @@ def write(root: Path, per_class: int = PER_CLASS) -> None:
     names = drawing.upstream_classes()
     with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=get_context("forkserver")) as pool:
         job = partial(_write_upstream_class, upstream, per_class)
-        for done, _ in enumerate(pool.map(job, names, chunksize=4), 1):
+        for done, _ in enumerate(pool.map(job, names), 1):
             if done % 30 == 0 or done == len(names):
                 print(f"upstream: {done} of {len(names)} classes drawn", file=sys.stderr)
     _write_digits(digits)

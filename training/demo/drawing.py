@@ -211,7 +211,7 @@ TEXTURES: dict[str, Callable[[NDArray[np.float32], NDArray[np.float32], Rng], ND
     "plaid": lambda u, v, rng: np.sin(u / 1.8) + np.sin(v / 1.8),
     "rays": lambda u, v, rng: np.sin(9 * np.arctan2(v, u)),
     "rings": lambda u, v, rng: np.sin(np.hypot(u, v) / 1.5),
-    "sand": _stones(1.6, 6, 1.5),
+    "sand": _stones(2.5, 6, 1.5),
     "shards": _stones(7, 3, 2.5),
     "spots": lambda u, v, rng: (_noise(1.6)(u, v, rng) > 0).astype(np.float32),
     "stubble": _strokes(5, 1.2, 260, 3.0),
@@ -234,4 +234,5 @@ def upstream_class(name: str, seed: int, count: int) -> Iterator[Picture]:
 
 
 def upstream_classes() -> list[str]:
-    return [*(f"u{ord(character):04x}" for character in GLYPHS), *TEXTURES]
+    """All classes; textures, which take ten times as long to draw as glyphs, come first."""
+    return [*TEXTURES, *(f"u{ord(character):04x}" for character in GLYPHS)]
