@@ -8,6 +8,7 @@ need a cluster are skipped.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,7 +78,8 @@ class Cluster:
             if how == signal.SIGSTOP:
                 os.kill(record["pid"], signal.SIGCONT)
             else:
-                wait_for(lambda: not (process / "cmdline").exists() or not (process / "cmdline").read_text())
+                [port] = [int(word.partition("=")[2]) for word in command if word.startswith("--secure-port=")]
+                wait_for(lambda: is_free(port))  # which it is a moment after the process is gone
                 started = subprocess.run(
                     [sys.executable, "-c", ORPHAN, str(self.state / "kube-apiserver.log"), *command],
                     cwd=self.state, stdout=subprocess.PIPE, text=True, check=True,
@@ -105,6 +107,16 @@ def running(state: Path, parts: str = "kwok,training-operator") -> Iterator[Clus
         yield Cluster(state, Path(up.stdout.strip()), Path(unpacked.stdout.strip()))
     finally:
         subprocess.run([KIT / "cluster", "down", "--state", state], check=True, timeout=120)
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def wait_for(what: Callable[[], Any], limit_s: float = 300, every_s: float = 0.2) -> Any:

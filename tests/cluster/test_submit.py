@@ -147,8 +147,11 @@ def test_why_a_job_waits_and_fails_is_told_in_plain_words(
 
     late = project(template, tmp_path / "late", tmp_path / "store", seed=8, pretrain={"seed": 8, "steps": 100_000})
     edit(late, lambda job: job["spec"]["runPolicy"].update(activeDeadlineSeconds=5))
-    said = bit(late, submitter, "submit", "pretrain", status=1)
-    assert "its deadline passed (runPolicy.activeDeadlineSeconds)" in said
+    watching = Command(late, submitter, tmp_path / "late.log", "-m", "training", "submit", "pretrain")
+    wait_for(lambda: "running" in watching.log)
+    time.sleep(5)  # then any change makes the operator look at the job again, which it does not by itself
+    prepared.kubectl("annotate", "pytorchjob", only_job(prepared, 8), "-n", "bit", "looked-at=once")
+    assert "its deadline passed (runPolicy.activeDeadlineSeconds)" in watching.end(1)
 
 
 def test_two_people_get_one_job_and_outlive_the_api_server(
