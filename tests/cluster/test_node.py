@@ -133,7 +133,7 @@ def test_two_real_workers_train_through_the_loss_of_a_pod(
         made = receipt(root, "pretrain")
         assert made["details"]["job_uid"] == job["metadata"]["uid"]
         assert (shared / "store" / name / "weights.npz").stat().st_size == made["outputs"]["weights"]["size_bytes"]
-        assert "resumed after step" in bit(root, node, "logs", name)
+        assert "resumed after step" in said
         run = tracking.connect(here).get_run(made["run_id"])
         assert run.info.status == "FINISHED"
         assert run.data.tags["k8s.job"] == name

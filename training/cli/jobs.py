@@ -1,5 +1,6 @@
 """Commands about jobs on the cluster."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -63,8 +64,12 @@ def logs(
     name: Name, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come.")] = False
 ) -> None:
     """What rank 0 of a job prints."""
+    empty = True
     for _, line in _find(load().cluster, name)[0].logs(f"{name}-worker-0", follow):
+        empty = False
         print(line)
+    if empty:
+        print(f"{name}-worker-0 has no log: it has not started yet, or it is gone. `bit jobs` says which.", file=sys.stderr)
 
 
 def attach(name: Name) -> None:
