@@ -69,7 +69,10 @@ def logs(
         empty = False
         print(line)
     if empty:
-        print(f"{name}-worker-0 has no log: it has not started yet, or it is gone. `bit jobs` says which.", file=sys.stderr)
+        print(
+            f"{name}-worker-0 has no log: it has not started yet, or it is gone. `bit jobs` says which.",
+            file=sys.stderr,
+        )
 
 
 def attach(name: Name) -> None:
