@@ -5,6 +5,8 @@ MLFLOW_PORT ?= 5000
 # The CPU build of torch is enough for the demo; for a GPU: make setup TORCH="torch==2.13.0 --index-url <your CUDA index>"
 TORCH ?= torch==2.13.0
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Bytecode is made when a module is first used: compiling all of every package takes as long as downloading them.
+export PIP_NO_COMPILE := 1
 
 .PHONY: setup demo serve test test-load bench-autoscaling test-autoscaling test-cluster lint bench bench-serving bench-swaps bench-transfer clean test-images test-node test-charts test-engine test-xla lock
 
