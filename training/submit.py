@@ -45,9 +45,9 @@ def main(config: Config, stage: str, tenant: str | None = None, *, follow: bool 
     """
     jobs, wanted = Jobs(config.cluster, tenant), order(config, stage, tenant)
     found = jobs.get(wanted.name)
-    if found and retry and explain.condition(found) == "Failed":
-        _clear(config, jobs, wanted.name)
-        found = None
+    if found and retry and _is_in_vain(config, found, stage, tenant):
+        _clear(config, jobs, found)
+        found = jobs.get(wanted.name)  # somebody else's, who retried it at the same time
     if found is None and not retry and ended_before(config, wanted.name):
         results.collect(config, [], {"metadata": {"name": wanted.name}}, stage, tenant)
         say(f"{wanted.name}: succeeded before and was removed; its receipt is back")
@@ -58,8 +58,19 @@ def main(config: Config, stage: str, tenant: str | None = None, *, follow: bool 
         say(f"{wanted.name}: submitted to {jobs.host}, namespace {jobs.namespace}: {uses(config, wanted)}")
     else:
         say(f"{wanted.name}: {explain.condition(found).lower()} already; joined")
-    if follow:
+    if follow or (found and explain.condition(found) == "Succeeded"):
         attach(config, jobs, wanted.name, stage, tenant)
+
+
+def _is_in_vain(config: Config, job: Object, stage: str, tenant: str | None) -> bool:
+    """Whether a job failed, or succeeded and its receipt is lost or damaged."""
+    if explain.condition(job) != "Succeeded":
+        return explain.condition(job) == "Failed"
+    try:
+        results.collect(config, Jobs(config.cluster, tenant).pods(job["metadata"]["name"]), job, stage, tenant)
+    except ClusterError:
+        return True
+    return False
 
 
 def check(config: Config, jobs: Jobs, stage: str, tenant: str | None = None) -> None:
@@ -129,6 +140,7 @@ class Followed:
     tail: threading.Thread | None = None
     printed: str = ""  # time of the last line of the log
     unread: str = ""  # why the log cannot be read
+    answered: float = field(default_factory=time.monotonic)  # when its pods were seen last
 
     def to_the_end(self) -> Object:
         job: Object = {}
@@ -140,8 +152,11 @@ class Followed:
             over = state in OVER
             try:
                 self._look(job, state, over)
-            except ClusterError:
-                continue  # the watch says so itself, and comes back to it
+                self.answered = time.monotonic()
+            except ClusterError as error:  # an outage the watch tells itself, and comes back to
+                if error.refused and time.monotonic() - self.answered > PATIENCE_S:
+                    raise
+                continue
             if over:
                 if self.tail:
                     self.tail.join(timeout=5)
@@ -227,12 +242,11 @@ def _submit_all(
     ended: dict[str, Object] = {}
     found = every.find("bit/stage=finetune")
     _refuse_two(orders.values(), found)
-    there = {job["metadata"]["name"]: explain.condition(job) for job in found}
+    there = {job["metadata"]["name"]: job for job in found}
     for tenant, wanted in orders.items():
         own = jobs.of(configs[tenant].cluster.namespace_of(tenant))
-        if retry and there.get(wanted.name) == "Failed":
-            _clear(configs[tenant], own, wanted.name)
-            there.pop(wanted.name)
+        if retry and explain.condition(there.get(wanted.name, {})) == "Failed":
+            _clear(configs[tenant], own, there.pop(wanted.name))
         if wanted.name in there:
             continue
         if not retry and ended_before(configs[tenant], wanted.name):
@@ -273,12 +287,15 @@ def _refuse_two(orders: Iterable[Order], found: list[Object]) -> None:
             )
 
 
-def _clear(config: Config, jobs: Jobs, name: str) -> None:
-    """Removes a failed job and its last words; its checkpoints stay."""
-    jobs.delete(name)
-    while jobs.get(name):
+def _clear(config: Config, jobs: Jobs, job: Object) -> None:
+    """Removes a job that ended in vain, and what it left in the store, but its checkpoints. Somebody else may be first."""
+    name, uid = job["metadata"]["name"], job["metadata"]["uid"]
+    if not jobs.delete(name, uid):
+        return
+    while (left := jobs.get(name)) and left["metadata"]["uid"] == uid:
         time.sleep(0.5)
-    remote.remove(f"{config.cluster.store}/{name}/{pod.WORDS}")
+    for file in (pod.WORDS, receipt.FILE):
+        remote.remove(f"{config.cluster.store}/{name}/{file}")
 
 
 def show(rows: Sequence[tuple[str, str, str]]) -> None:

@@ -174,7 +174,8 @@ class Kubelet(threading.Thread):
             given["PET_RDZV_ENDPOINT"] = f"127.0.0.1:{self.ports.setdefault(endpoint, free_port())}"
             # Names decide in pods: the first hosts the rendezvous, and ranks go by address.
             number = int(meta["labels"]["training.kubeflow.org/replica-index"])
-            given |= {"PET_RDZV_CONF": f"is_host={number == 0}", "PET_LOCAL_ADDR": f"127.0.0.{1 + number}"}
+            conf = ",".join(part for part in (given.get("PET_RDZV_CONF"), f"is_host={number == 0}") if part)
+            given |= {"PET_RDZV_CONF": conf, "PET_LOCAL_ADDR": f"127.0.0.{1 + number}"}
         environment = os.environ | given
         environment |= {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -1,5 +1,6 @@
 """The files in k8s/ on a real API server and the operator's webhook, under Pod Security `restricted`, on simulated pools."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kubernetes.utils.quantity import parse_quantity
 
 from tests.cluster.conftest import K8S
 from tests.clusters import Cluster, wait_for
@@ -114,6 +116,64 @@ def test_every_overlay_applies(prepared: Cluster, folder: str) -> None:
 def test_serving_goes_before_finetuning_before_pretraining(prepared: Cluster) -> None:
     values = {row["metadata"]["name"]: row["value"] for row in prepared.get("priorityclass")["items"]}
     assert values["bit-serving"] > values["bit-finetune"] > values["bit-pretrain"]
+    assert values["bit-pretrain"] >= -10, "cluster autoscalers make no nodes for pods below their cutoff"
+
+
+def wanted(job: str) -> tuple[Object, int]:
+    """The pod template of a job that goes through a queue, and how many pods it has."""
+    [made] = [one for one in yaml.safe_load_all((K8S / f"{job}.yaml").read_text()) if one["kind"] != "ConfigMap"]
+    if made["kind"] == "Job":
+        return made["spec"]["template"]["spec"], made["spec"]["parallelism"]
+    worker = made["spec"]["pytorchReplicaSpecs"]["Worker"]
+    return worker["template"]["spec"], worker["replicas"]
+
+
+@pytest.mark.parametrize("job", [*JOBS, "pack", "predict"])
+def test_some_flavor_of_the_queue_can_take_the_job_whole(job: str) -> None:
+    """As Kueue assigns flavors: taints tolerated, node selectors not against it, quota for all pods together."""
+    objects = list(yaml.safe_load_all((K8S / "queues" / "queues.yaml").read_text()))
+    flavors = {one["metadata"]["name"]: one.get("spec", {}) for one in objects if one["kind"] == "ResourceFlavor"}
+    [queue] = [one for one in objects if one["kind"] == "ClusterQueue"]
+    pod, count = wanted(job)
+    tolerated = {row["key"] for row in pod.get("tolerations", [])}
+    [container] = pod["containers"]
+    asked = container["resources"]["limits"] | container["resources"]["requests"]
+    sums = {name: count * parse_quantity(value) for name, value in asked.items()}
+
+    def fits(flavor: Object) -> bool:
+        spec = flavors[flavor["name"]]
+        labels, selector = spec.get("nodeLabels", {}), pod.get("nodeSelector", {})
+        quota = {row["name"]: parse_quantity(row["nominalQuota"]) for row in flavor["resources"]}
+        return (
+            {taint["key"] for taint in spec.get("nodeTaints", [])} <= tolerated
+            and all(selector.get(key, value) == value for key, value in labels.items())
+            and all(value <= quota.get(name, 0) for name, value in sums.items())
+        )
+
+    assert any(fits(flavor) for flavor in queue["spec"]["resourceGroups"][0]["flavors"])
+
+
+def test_files_applied_by_hand_share_no_name_and_no_folder_and_lead_to_each_other() -> None:
+    jobs = {job: read(K8S / f"{job}.yaml") for job in JOBS}
+    names = {made["metadata"]["name"] for _, made in jobs.values()}
+    assert len(names) == len(JOBS)
+    env = {}
+    for job, (config_map, made) in jobs.items():
+        [container] = made["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+        env[job] = {one["name"]: one.get("value") for one in container["env"]}
+        name = made["metadata"]["name"]
+        assert env[job]["BIT_JOB"] == config_map["metadata"]["name"] == name
+        assert config_map["metadata"]["namespace"] == made["metadata"]["namespace"] == "bit"
+        assert env[job]["BIT_STORE"].endswith(f"/{name}")
+        assert env[job]["BIT_CHECKPOINTS"] == f".checkpoints/{name}"
+    upstream = json.loads(jobs["finetune"][0]["data"]["pretrain.json"])["outputs"]["weights"]["uri"]
+    assert upstream == f"{env['pretrain']['BIT_STORE']}/weights.npz"
+
+
+def test_a_pool_of_single_hosts_takes_one_worker() -> None:
+    given = ClusterConfig(image="x@sha256:1", store="s3://b", pretrain=NodesConfig(pool="tpu", workers=4, devices=4))
+    with pytest.raises(ManifestError, match=r"workers=4: pool 'tpu' is one host.*pretrain-tpu-multihost.yaml"):
+        render(Order("bit-pretrain-1", "pretrain", None, {}), given, ROOT)
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -66,6 +66,11 @@ def shared(node: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def uid_of(node: Cluster, pod: str) -> str | None:
+    found = node.get("pods", "-n", "bit", "--field-selector", f"metadata.name={pod}")["items"]
+    return found[0]["metadata"]["uid"] if found else None
+
+
 def answers(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
@@ -123,12 +128,12 @@ def test_two_real_workers_train_through_the_loss_of_a_pod(
         assert submit.process.poll() is None, submit.log
         [job] = node.get("pytorchjobs", "-n", "bit")["items"]
         name = job["metadata"]["name"]
-        before = node.get("pod", f"{name}-worker-1", "-n", "bit")
+        lost = f"{name}-worker-0"  # the hardest to lose: the others meet at it
+        before = node.get("pod", lost, "-n", "bit")
         assert before["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"]
-        node.kubectl("delete", "pod", f"{name}-worker-1", "-n", "bit", "--wait=false")
+        node.kubectl("delete", "pod", lost, "-n", "bit", "--wait=false")
+        wait_for(lambda: uid_of(node, lost) not in (None, before["metadata"]["uid"]))
         said = submit.end()
-        after = node.get("pod", f"{name}-worker-1", "-n", "bit")
-        assert after["metadata"]["uid"] != before["metadata"]["uid"]
         assert "upstream 200/200" in said  # rank 0's own lines
         made = receipt(root, "pretrain")
         assert made["details"]["job_uid"] == job["metadata"]["uid"]

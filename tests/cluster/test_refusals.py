@@ -12,7 +12,7 @@ from tests.clusters import Cluster, wait_for
 from training import submit
 from training.cluster import explain
 from training.cluster.jobs import EVERYWHERE, LONGEST_PAUSE_S, ClusterError, Jobs, pause_s
-from training.cluster.manifests import Order, render
+from training.cluster.manifests import Object, Order, render
 from training.config import ClusterConfig, Config
 
 GIVEN = ClusterConfig(image="x@sha256:1", store="s3://b", queue=None)
@@ -22,6 +22,13 @@ ORDER = Order("bit-pretrain-1", "pretrain", None, {"params.yaml": "{}"})
 def jobs_of(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Jobs:
     monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
     return Jobs(GIVEN)
+
+
+def held(name: str) -> list[Object]:
+    """The objects of a job that does not begin."""
+    config_map, job = render(dataclasses.replace(ORDER, name=name), GIVEN, ROOT)
+    job["spec"]["runPolicy"]["suspend"] = True
+    return [config_map, job]
 
 
 def test_who_has_no_right_reads_which_one_and_where_it_is_to_be_had(
@@ -48,9 +55,7 @@ def test_a_namespace_that_is_not_there_is_named(prepared: Cluster, monkeypatch: 
 
 def test_a_job_that_is_removed_ends_those_who_follow_it(prepared: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = jobs_of(prepared, monkeypatch)
-    config_map, job = render(dataclasses.replace(ORDER, name="bit-pretrain-gone"), GIVEN, ROOT)
-    job["spec"]["runPolicy"]["suspend"] = True
-    jobs.apply([config_map, job])
+    jobs.apply(held("bit-pretrain-gone"))
     followed = submit.Followed(jobs, "bit-pretrain-gone")
     with ThreadPoolExecutor() as pool:
         ended = pool.submit(followed.to_the_end)
@@ -59,6 +64,24 @@ def test_a_job_that_is_removed_ends_those_who_follow_it(prepared: Cluster, monke
         assert explain.condition(ended.result(60)) == "Removed"
     with pytest.raises(ClusterError, match=r"bit-pretrain-gone was removed: .*the same command goes on"):
         submit.attach(Config(cluster=GIVEN), jobs, "bit-pretrain-gone", "pretrain", None)
+
+
+def test_a_follower_who_may_not_see_the_pods_is_told_so(prepared: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs_of(prepared, monkeypatch).apply(held("bit-pretrain-unseen"))
+    blind = jobs_of(person(prepared, "follower", "bit-watcher"), monkeypatch)
+    monkeypatch.setattr(submit, "PATIENCE_S", 0)
+    with pytest.raises(ClusterError, match="forbidden: you may not list pods"):
+        submit.Followed(blind, "bit-pretrain-unseen").to_the_end()
+
+
+def test_only_the_job_that_is_meant_is_removed(prepared: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = jobs_of(prepared, monkeypatch)
+    jobs.apply(held("bit-pretrain-anew"))
+    assert not jobs.delete("bit-pretrain-anew", "the-uid-of-the-one-before")
+    job = jobs.get("bit-pretrain-anew")
+    assert job is not None
+    assert jobs.delete("bit-pretrain-anew", job["metadata"]["uid"])
+    wait_for(lambda: jobs.get("bit-pretrain-anew") is None)
 
 
 def test_a_log_that_is_not_there_yet_is_empty_and_a_refused_one_is_told(

@@ -25,11 +25,14 @@ def stage(name: str, config: Config, tenant: str | None = None, **options: Any) 
             raise ConfigError(f"{' and '.join(stated)}: for a training that runs here only: --set runner=local.")
         import_module("training.submit").main(config, name, *arguments)
         return
-    if pod.is_pod() and name in ON_THE_CLUSTER:
+    in_pod = pod.is_pod() and name in ON_THE_CLUSTER
+    if in_pod:
         if pod.delivered():
             return
         options["deliver"] = partial(pod.deliver, name, tenant)
     import_module(f"training.{name}").main(config, *arguments, **options)
+    if in_pod:
+        pod.wait_for_delivery()
 
 
 def pack(

@@ -129,7 +129,8 @@ def _unschedulable(message: str, pod: Object) -> str:
     stage = pod["metadata"].get("labels", {}).get("bit/stage", "pretrain")
     where = ", ".join(f"{key.rpartition('/')[2]}={value}" for key, value in selector.items()) or "any node"
     if short := re.findall(r"Insufficient ([\w./-]+)", message):
-        asked = ", ".join(f"{name} (asks for {limits.get(name.rstrip('.'), '?')})" for name in dict.fromkeys(short))
+        names = dict.fromkeys(name.rstrip(".") for name in short)
+        asked = ", ".join(f"{name} (asks for {limits.get(name, '?')})" for name in names)
         return (
             f"no node of the pool {where} has enough {asked} free: wait, ask for less, or another cluster.{stage}.pool"
         )
@@ -137,6 +138,9 @@ def _unschedulable(message: str, pod: Object) -> str:
         return f"its volume is not there yet ({message.rstrip('.')}): see k8s/base/storage.yaml"
     if "node affinity/selector" in message:
         return f"no node has the labels of the pool {where}: add one (docs/cluster.md), or take another cluster.{stage}.pool"
+    if taints := re.findall(r"untolerated taint \{([^}]*)\}", message):
+        told = ", ".join(dict.fromkeys(taint.strip(": ") for taint in taints))
+        return f"no node of the pool {where} is open to it, for their taints ({told}): see tolerations in k8s/{stage}.yaml"
     return f"it cannot be placed: {message}"
 
 

@@ -31,7 +31,9 @@ PATIENCE_S = 120.0  # an API server that starts again refuses rights and kinds t
 
 
 class ClusterError(UserError):
-    """The cluster cannot be reached, or refuses; the message says what, and what to do."""
+    """The cluster cannot be reached, or refuses; the message says what, and what to do. refused: rights or credentials lack."""
+
+    refused = False
 
 
 class Counted(client.ApiClient):
@@ -103,10 +105,16 @@ class Jobs:
         with self._asked("list pytorchjobs"):
             return self._list(label_selector=selector)["items"]
 
-    def delete(self, name: str) -> None:
-        """Removes a job with its pods, and its ConfigMap. What is not there is removed already."""
+    def delete(self, name: str, uid: str | None = None) -> bool:
+        """Removes a job with its pods, and its ConfigMap. What is not there is removed already.
+
+        uid: the job that is meant; False where another one has its name by now, which stays.
+        """
+        meant = client.V1DeleteOptions(preconditions=client.V1Preconditions(uid=uid))
         removals: tuple[Callable[[], object], ...] = (
-            lambda: self.custom.delete_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, name),
+            lambda: self.custom.delete_namespaced_custom_object(
+                GROUP, VERSION, self.namespace, PLURAL, name, body=meant
+            ),
             lambda: self.core.delete_namespaced_config_map(name, self.namespace),
         )
         for remove in removals:
@@ -114,8 +122,11 @@ class Jobs:
                 try:
                     remove()
                 except ApiException as error:
+                    if error.status == 409 and uid:
+                        return False
                     if error.status != 404:
                         raise
+        return True
 
     def pods(self, name: str, patience_s: float = 0.0) -> list[Object]:
         """The pods of a job, as plain objects. patience_s: how long refusals and cut connections are tried again."""
@@ -239,7 +250,9 @@ class Jobs:
         try:
             yield
         except ApiException as error:
-            raise ClusterError(self._explained(error, what)) from None
+            told = ClusterError(self._explained(error, what))
+            told.refused = error.status in (401, 403)
+            raise told from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise ClusterError(
                 f"{self.host} cannot be reached ({type(error).__name__}): is cluster.context the right one, and the cluster up?"

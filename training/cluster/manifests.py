@@ -114,6 +114,7 @@ def read(path: Path) -> list[Object]:
 
 def _fill_config_map(config_map: Object, order: Order) -> None:
     config_map["metadata"]["name"] = order.name
+    config_map["metadata"].pop("namespace", None)  # the file's own; where the order goes is the cluster's matter
     config_map["metadata"].setdefault("labels", {})["bit/stage"] = order.stage
     config_map["data"] = {_key(path): text for path, text in order.files.items()}
 
@@ -122,7 +123,9 @@ def _fill_job(job: Object, order: Order, cluster: ClusterConfig, nodes: NodesCon
     pool = POOLS[nodes.pool]
     labels = {"bit/stage": order.stage, "bit/tenant": order.tenant or "upstream", "bit/job": order.name}
     labels |= {"bit/training": order.training}
+    by_hand = job["metadata"]["name"]
     job["metadata"]["name"] = order.name
+    job["metadata"].pop("namespace", None)
     job["metadata"].setdefault("labels", {}).update(labels)
     if cluster.queue is None:
         job["metadata"]["labels"].pop("kueue.x-k8s.io/queue-name", None)
@@ -134,6 +137,11 @@ def _fill_job(job: Object, order: Order, cluster: ClusterConfig, nodes: NodesCon
     worker["replicas"] = nodes.workers
     if "elasticPolicy" in spec:
         spec["elasticPolicy"]["maxReplicas"] = nodes.workers
+    elif nodes.workers > 1:
+        raise ManifestError(
+            f"cluster.{order.stage}.workers={nodes.workers}: pool {nodes.pool!r} is one host, so workers must be 1. For "
+            "slices of several hosts edit and apply k8s/pretrain-tpu-multihost.yaml."
+        )
     template = worker["template"]
     template.setdefault("metadata", {}).setdefault("labels", {}).update(labels)
     pod = template["spec"]
@@ -149,7 +157,7 @@ def _fill_job(job: Object, order: Order, cluster: ClusterConfig, nodes: NodesCon
     container["command"] = [*command[:at], order.stage, *([order.tenant] if order.tenant else [])]
     given = next((one.get("value") for one in container.get("env", []) if one["name"] == store.ENV), None)
     values = {
-        store.ENV: f"{given or store.DEFAULT}/{order.training}",
+        store.ENV: f"{(given or store.DEFAULT).removesuffix(f'/{by_hand}')}/{order.training}",
         "BIT_JOB": order.name,
         "BIT_STORE": f"{cluster.store}/{order.name}",
         "BIT_IMAGE": cluster.image,

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,17 +47,18 @@ def delivered() -> bool:
 
     Not where the job was edited and applied again under its old name.
     """
-    url = f"{os.environ['BIT_STORE']}/{receipt.FILE}"
-    found = remote.text(url)
-    try:
-        made = receipt.Receipt.model_validate_json(found or "")
-    except ValueError:  # none, or a damaged one, in whose place a new one comes
-        return False
-    if found is None or made.details.get(PROJECT_HASH) != _project_hash():
+    url, found = _delivered()
+    if not found:
         return False
     print(f"{url} is there: this job has ended well before")
     _say(json.dumps({"receipt": url, "sha256": hashlib.sha256(found.encode()).hexdigest()}))
     return True
+
+
+def wait_for_delivery() -> None:
+    """All other ranks wait for rank 0: the operator ends a job, and its other pods, with the first one that ends well."""
+    while int(os.environ.get("RANK", 0)) != 0 and not _delivered()[1]:
+        time.sleep(5)
 
 
 def deliver(stage: str, tenant: str | None) -> None:
@@ -100,6 +102,17 @@ def last_words() -> Iterator[None]:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             atexit.register(os.kill, os.getppid(), signal.SIGTERM)  # when the error is printed
         raise
+
+
+def _delivered() -> tuple[str, str]:
+    """Address and text of this job's receipt; no text where there is none, or none of the same files."""
+    url = f"{os.environ['BIT_STORE']}/{receipt.FILE}"
+    found = remote.text(url) or ""
+    try:
+        made = receipt.Receipt.model_validate_json(found)
+    except ValueError:  # none, or a damaged one, in whose place a new one comes
+        return url, ""
+    return url, found if made.details.get(PROJECT_HASH) == _project_hash() else ""
 
 
 def _project() -> dict[Path, bytes]:
