@@ -140,7 +140,9 @@ def _unschedulable(message: str, pod: Object) -> str:
         return f"no node has the labels of the pool {where}: add one (docs/cluster.md), or take another cluster.{stage}.pool"
     if taints := re.findall(r"untolerated taint \{([^}]*)\}", message):
         told = ", ".join(dict.fromkeys(taint.strip(": ") for taint in taints))
-        return f"no node of the pool {where} is open to it, for their taints ({told}): see tolerations in k8s/{stage}.yaml"
+        return (
+            f"no node of the pool {where} is open to it, for their taints ({told}): see tolerations in k8s/{stage}.yaml"
+        )
     return f"it cannot be placed: {message}"
 
 
