@@ -128,6 +128,7 @@ def test_two_real_workers_train_through_the_loss_of_a_pod(
         assert submit.process.poll() is None, submit.log
         [job] = node.get("pytorchjobs", "-n", "bit")["items"]
         name = job["metadata"]["name"]
+        wait_for(lambda: "upstream 50/200" in bit(root, node, "logs", name))
         lost = f"{name}-worker-0"  # the hardest to lose: the others meet at it
         before = node.get("pod", lost, "-n", "bit")
         assert before["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"]
