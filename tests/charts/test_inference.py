@@ -176,6 +176,24 @@ def test_who_is_led_to_the_service_is_let_in(scenario: str) -> None:
     assert {"kubernetes.io/metadata.name": "monitoring"} in named
 
 
+@pytest.mark.parametrize(("scenario", "way"), [("keda", "ingress"), ("hpa", "httpRoute")])
+def test_a_way_in_that_the_policy_would_shut_is_refused(scenario: str, way: str) -> None:
+    given = ["--values", CHART / "ci" / f"{scenario}-values.yaml", "--set-json", "networkPolicy.clients=[]"]
+    done = helm("template", "bit", CHART, *given)
+    assert done.returncode != 0
+    assert f"networkPolicy.clients is empty while {way}.enabled" in done.stderr
+    assert helm("template", "bit", CHART, *given, "--set", "networkPolicy.enabled=false").returncode == 0
+
+
+def test_series_that_are_gone_are_no_zero_load_unless_there_may_be_no_pod() -> None:
+    def ignored(scenario: str) -> dict[str, str]:
+        triggers = render("inference", scenario)["ScaledObject"]["spec"]["triggers"]
+        return {one["name"]: one["metadata"].get("ignoreNullValues", "true") for one in triggers}
+
+    assert ignored("keda") == {"queue": "false", "in-flight": "false"}
+    assert ignored("idle") == {"queue": "true", "in-flight": "true", "waiting": "true"}
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
