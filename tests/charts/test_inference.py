@@ -125,6 +125,16 @@ def test_keda_asks_for_the_series_of_this_release_under_the_job_that_the_monitor
     assert f'job=\\"{job}\\"' in rules
 
 
+def test_no_instance_is_no_alert_where_it_is_meant() -> None:
+    def alerts(scenario: str, **values: object) -> set[str]:
+        rules = render("inference", scenario, metrics__rules__enabled=True, **values)["PrometheusRule"]["spec"]
+        return {rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule}
+
+    everything = alerts("keda")
+    assert "BitServeGone" in everything
+    assert alerts("idle") == alerts("default", replicas=0) == everything - {"BitServeGone"}
+
+
 def test_zero_replicas_are_opted_in_with_what_wakes_them() -> None:
     assert render("inference", "keda")["ScaledObject"]["spec"]["minReplicaCount"] == 2
     idle = render("inference", "idle")["ScaledObject"]["spec"]
