@@ -169,10 +169,29 @@ def test_traffic_is_denied_but_for_the_few_flows() -> None:
     [ingress] = policy["ingress"]
     namespaces = [one["namespaceSelector"]["matchLabels"] for one in ingress["from"] if "namespaceSelector" in one]
     assert [one["kubernetes.io/metadata.name"] for one in namespaces] == ["ingress-nginx", "monitoring"]
-    assert [[one["port"] for one in flow["ports"]] for flow in policy["egress"]] == [[53, 53], ["http"], [443]]
-    plain = render("inference")["NetworkPolicy"]["spec"]
-    assert plain["egress"][-1]["ports"] == [{"port": 5000, "protocol": "TCP"}]
+    assert [[one["port"] for one in flow["ports"]] for flow in policy["egress"]] == [[53, 53], ["http"], [443, 5000]]
     assert "NetworkPolicy" not in render("inference", "folder")
+
+
+@pytest.mark.parametrize(
+    ("uri", "values", "ports"),
+    [
+        ("http://mlflow:5000", {}, [5000]),
+        ("http://mlflow", {}, [80, 5000]),
+        ("https://mlflow.example.test/registry", {"networkPolicy__registryPort": 8443}, [443, 8443]),
+    ],
+)
+def test_the_registry_is_reached_on_its_address_port_and_on_its_pods(
+    uri: str, values: dict[str, int], ports: list[int]
+) -> None:
+    flow = render("inference", registry__trackingUri=uri, **values)["NetworkPolicy"]["spec"]["egress"][-1]
+    assert flow["ports"] == [{"port": port, "protocol": "TCP"} for port in ports]
+
+
+def test_the_registrys_port_is_what_the_chart_mlflow_listens_on() -> None:
+    [flow] = render("inference", registry__trackingUri="http://mlflow")["NetworkPolicy"]["spec"]["egress"][-1:]
+    [listens] = pod_of(render("mlflow")["Deployment"])["containers"][0]["ports"]
+    assert listens["containerPort"] in {one["port"] for one in flow["ports"]}
 
 
 @pytest.mark.parametrize("scenario", ["keda", "hpa", "idle"])
