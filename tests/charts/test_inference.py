@@ -245,6 +245,14 @@ def test_a_wrong_value_is_refused_and_named(wrong: str, named: str) -> None:
     assert named in done.stderr
 
 
+@pytest.mark.parametrize("by", ["keda", "hpa"])
+def test_fewest_replicas_above_the_most_are_refused(by: str) -> None:
+    given = [f"--set=autoscaling.{value}" for value in (f"by={by}", "minReplicas=5", "maxReplicas=4")]
+    done = helm("template", "bit", CHART, *given, "--set=podDisruptionBudget.enabled=false")
+    assert done.returncode != 0
+    assert "autoscaling.minReplicas is 5, above autoscaling.maxReplicas, 4" in done.stderr
+
+
 def test_an_hpa_cannot_be_asked_for_zero() -> None:
     zero = ["--set", "autoscaling.keda.zero.enabled=true", "--set", "autoscaling.keda.zero.query=up"]
     assert helm("template", "bit", CHART, *zero, "--set", "autoscaling.by=keda").returncode == 0
