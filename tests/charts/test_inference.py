@@ -163,6 +163,14 @@ def test_keys_come_from_the_named_secret_or_one_that_is_made() -> None:
     assert str(Path(environment(pod)["BIT_SERVE_TENANTS"]).parent) == folder
 
 
+def test_an_account_that_may_only_read_is_not_asked_to_write() -> None:
+    reader = render("mlflow", "postgres")["Job"]
+    made = environment(pod_of(reader))["SERVICE_USERNAME"]
+    given = environment(pod_of(render("inference", "keda")["Deployment"]))
+    assert given["MLFLOW_TRACKING_USERNAME"] == made
+    assert given["BIT_SERVE_WRITE_BACK"] == "false"
+
+
 def test_traffic_is_denied_but_for_the_few_flows() -> None:
     policy = render("inference", "keda")["NetworkPolicy"]["spec"]
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
