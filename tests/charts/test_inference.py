@@ -125,6 +125,16 @@ def test_keda_asks_for_the_series_of_this_release_under_the_job_that_the_monitor
     assert f'job=\\"{job}\\"' in rules
 
 
+def test_no_instance_is_no_alert_where_it_is_meant() -> None:
+    def alerts(scenario: str, **values: object) -> set[str]:
+        rules = render("inference", scenario, metrics__rules__enabled=True, **values)["PrometheusRule"]["spec"]
+        return {rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule}
+
+    everything = alerts("keda")
+    assert "BitServeGone" in everything
+    assert alerts("idle") == alerts("default", replicas=0) == everything - {"BitServeGone"}
+
+
 def test_zero_replicas_are_opted_in_with_what_wakes_them() -> None:
     assert render("inference", "keda")["ScaledObject"]["spec"]["minReplicaCount"] == 2
     idle = render("inference", "idle")["ScaledObject"]["spec"]
@@ -153,16 +163,43 @@ def test_keys_come_from_the_named_secret_or_one_that_is_made() -> None:
     assert str(Path(environment(pod)["BIT_SERVE_TENANTS"]).parent) == folder
 
 
+def test_an_account_that_may_only_read_is_not_asked_to_write() -> None:
+    reader = render("mlflow", "postgres")["Job"]
+    made = environment(pod_of(reader))["SERVICE_USERNAME"]
+    given = environment(pod_of(render("inference", "keda")["Deployment"]))
+    assert given["MLFLOW_TRACKING_USERNAME"] == made
+    assert given["BIT_SERVE_WRITE_BACK"] == "false"
+
+
 def test_traffic_is_denied_but_for_the_few_flows() -> None:
     policy = render("inference", "keda")["NetworkPolicy"]["spec"]
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     [ingress] = policy["ingress"]
     namespaces = [one["namespaceSelector"]["matchLabels"] for one in ingress["from"] if "namespaceSelector" in one]
     assert [one["kubernetes.io/metadata.name"] for one in namespaces] == ["ingress-nginx", "monitoring"]
-    assert [[one["port"] for one in flow["ports"]] for flow in policy["egress"]] == [[53, 53], ["http"], [443]]
-    plain = render("inference")["NetworkPolicy"]["spec"]
-    assert plain["egress"][-1]["ports"] == [{"port": 5000, "protocol": "TCP"}]
+    assert [[one["port"] for one in flow["ports"]] for flow in policy["egress"]] == [[53, 53], ["http"], [443, 5000]]
     assert "NetworkPolicy" not in render("inference", "folder")
+
+
+@pytest.mark.parametrize(
+    ("uri", "values", "ports"),
+    [
+        ("http://mlflow:5000", {}, [5000]),
+        ("http://mlflow", {}, [80, 5000]),
+        ("https://mlflow.example.test/registry", {"networkPolicy__registryPort": 8443}, [443, 8443]),
+    ],
+)
+def test_the_registry_is_reached_on_its_address_port_and_on_its_pods(
+    uri: str, values: dict[str, int], ports: list[int]
+) -> None:
+    flow = render("inference", registry__trackingUri=uri, **values)["NetworkPolicy"]["spec"]["egress"][-1]
+    assert flow["ports"] == [{"port": port, "protocol": "TCP"} for port in ports]
+
+
+def test_the_registrys_port_is_what_the_chart_mlflow_listens_on() -> None:
+    [flow] = render("inference", registry__trackingUri="http://mlflow")["NetworkPolicy"]["spec"]["egress"][-1:]
+    [listens] = pod_of(render("mlflow")["Deployment"])["containers"][0]["ports"]
+    assert listens["containerPort"] in {one["port"] for one in flow["ports"]}
 
 
 @pytest.mark.parametrize("scenario", ["keda", "hpa", "idle"])
@@ -174,6 +211,24 @@ def test_who_is_led_to_the_service_is_let_in(scenario: str) -> None:
     named = [one["namespaceSelector"]["matchLabels"] for one in flow["from"] if "namespaceSelector" in one]
     assert len(named) == 2
     assert {"kubernetes.io/metadata.name": "monitoring"} in named
+
+
+@pytest.mark.parametrize(("scenario", "way"), [("keda", "ingress"), ("hpa", "httpRoute")])
+def test_a_way_in_that_the_policy_would_shut_is_refused(scenario: str, way: str) -> None:
+    given = ["--values", CHART / "ci" / f"{scenario}-values.yaml", "--set-json", "networkPolicy.clients=[]"]
+    done = helm("template", "bit", CHART, *given)
+    assert done.returncode != 0
+    assert f"networkPolicy.clients is empty while {way}.enabled" in done.stderr
+    assert helm("template", "bit", CHART, *given, "--set", "networkPolicy.enabled=false").returncode == 0
+
+
+def test_series_that_are_gone_are_no_zero_load_unless_there_may_be_no_pod() -> None:
+    def ignored(scenario: str) -> dict[str, str]:
+        triggers = render("inference", scenario)["ScaledObject"]["spec"]["triggers"]
+        return {one["name"]: one["metadata"].get("ignoreNullValues", "true") for one in triggers}
+
+    assert ignored("keda") == {"queue": "false", "in-flight": "false"}
+    assert ignored("idle") == {"queue": "true", "in-flight": "true", "waiting": "true"}
 
 
 @pytest.mark.parametrize(
@@ -196,6 +251,14 @@ def test_a_wrong_value_is_refused_and_named(wrong: str, named: str) -> None:
     done = helm("template", "bit", CHART, "--set", wrong)
     assert done.returncode != 0
     assert named in done.stderr
+
+
+@pytest.mark.parametrize("by", ["keda", "hpa"])
+def test_fewest_replicas_above_the_most_are_refused(by: str) -> None:
+    given = [f"--set=autoscaling.{value}" for value in (f"by={by}", "minReplicas=5", "maxReplicas=4")]
+    done = helm("template", "bit", CHART, *given, "--set=podDisruptionBudget.enabled=false")
+    assert done.returncode != 0
+    assert "autoscaling.minReplicas is 5, above autoscaling.maxReplicas, 4" in done.stderr
 
 
 def test_an_hpa_cannot_be_asked_for_zero() -> None:

@@ -39,3 +39,28 @@ def test_accounts_are_needed_and_a_server_that_needs_no_volume_mounts_none() -> 
     assert yaml.safe_load((CHARTS / "mlflow" / "values.yaml").read_text())["auth"]["existingSecret"]
     assert "data" in {one["name"] for one in pod_of(render("mlflow")["Deployment"])["volumes"]}
     assert "data" not in {one["name"] for one in pod_of(render("mlflow", "postgres")["Deployment"])["volumes"]}
+
+
+def test_the_server_alone_has_the_account_that_opens_the_store() -> None:
+    objects = render("mlflow", "gcs", serviceUser__existingSecret="bit-serve-mlflow")
+    account = objects["ServiceAccount"]
+    assert account["metadata"]["annotations"]["iam.gke.io/gcp-service-account"] == "mlflow@bit.iam.gserviceaccount.com"
+    assert account["automountServiceAccountToken"] is False
+    pods = {name: pod_of(one) for name, one in objects.items() if name.startswith(("Deployment", "CronJob", "Job"))}
+    assert len(pods) == 4
+    assert {name: pod.get("serviceAccountName") for name, pod in pods.items()} == {
+        name: "bit-mlflow" if name == "Deployment" else None for name in pods
+    }
+    for pod in pods.values():  # the clouds' webhooks bring a token of their own
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["imagePullSecrets"] == [{"name": "registry"}]
+
+
+def test_an_account_of_yours_is_taken() -> None:
+    for name, taken in (("theirs", "theirs"), ("", "default")):
+        objects = render("mlflow", serviceAccount__create=False, serviceAccount__name=name)
+        assert "ServiceAccount" not in objects
+        assert pod_of(objects["Deployment"])["serviceAccountName"] == taken
+    made = render("mlflow", serviceAccount__name="artifacts")
+    assert made["ServiceAccount"]["metadata"]["name"] == "artifacts"
+    assert pod_of(made["Deployment"])["serviceAccountName"] == "artifacts"

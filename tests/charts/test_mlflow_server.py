@@ -126,6 +126,25 @@ def test_garbage_collection_spares_what_an_alias_needs(server: Server, store: ML
         store.client.get_run(lost)
 
 
+def test_the_administrators_password_changes_by_the_runbooks_request_and_not_by_the_secret(server: Server) -> None:
+    lines = [line for line in runbook.LINES if line.startswith("BODY=") or "update-password" in line]
+
+    def change(old: str, new: str) -> None:
+        command = ["sh", "-ec", "\n".join(lines).replace("http://127.0.0.1:5000", server.url)]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OLD": old, "NEW": new})
+
+    def asked(password: str) -> int:
+        return httpx.get(server.url + SEARCH, timeout=60, auth=(ADMIN[0], password)).status_code
+
+    change(ADMIN[1], "a new password")
+    server.stop()
+    server.start()  # with the Secret of before
+    assert (asked("a new password"), asked(ADMIN[1])) == (200, 401)
+    assert server.probe().returncode != 0  # so the Secret must follow
+    change("a new password", ADMIN[1])
+    assert asked(ADMIN[1]) == 200
+
+
 def test_a_backup_is_restored_as_the_runbook_says(server: Server, store: MLflow) -> None:
     """Last, because it goes back in time: a model that was made after the backup is gone, the one before is there."""
     backups = server.folder / "backups"

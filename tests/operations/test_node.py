@@ -230,6 +230,8 @@ def test_a_new_key_opens_without_a_restart_and_the_old_one_goes_on(cluster: clus
         return httpx.post(url, content=gray_png(200), headers=headers, timeout=30).status_code
 
     old, before = key(folder), pods(cluster)
+    (folder / "tenants.json").unlink()  # the runbook begins with the Secret's
+    runbook.run("kubectl --namespace bit get secret inference-tenants", cluster, folder)
     new_key(cluster, folder)
     clusters.wait_for(
         lambda: {status(key(folder)) for _ in range(8)} == {200}, 180, every_s=2

@@ -62,7 +62,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- else if and (eq .Values.autoscaling.by "keda") .Values.autoscaling.keda.zero.enabled -}}
 0
 {{- else -}}
-{{ .Values.autoscaling.minReplicas }}
+{{- with .Values.autoscaling -}}
+{{- if gt (int .minReplicas) (int .maxReplicas) -}}
+{{- fail (printf "autoscaling.minReplicas is %d, above autoscaling.maxReplicas, %d: raise the one or lower the other" (int .minReplicas) (int .maxReplicas)) -}}
+{{- end -}}
+{{ .minReplicas }}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 

@@ -20,9 +20,20 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
+{{- define "mlflow.account" -}}
+{{- with .Values.serviceAccount -}}
+{{ default (ternary (include "mlflow.fullname" $) "default" .create) .name }}
+{{- end -}}
+{{- end -}}
+
 {{- define "mlflow.pod" -}}
 automountServiceAccountToken: false
 enableServiceLinks: false
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets: {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
 securityContext:
   runAsNonRoot: true
   runAsUser: 10001
