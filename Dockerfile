@@ -3,7 +3,7 @@
 # Targets: inference, mlflow, training (CUDA), training-cpu, training-xla.
 #
 # BASE: any Debian with python3 (3.11) and its venv module. Packages are locked with their hashes in docker/requirements (`make lock`).
-# TORCH: what pip is told to install as torch; for training-cpu say --build-arg TORCH="torch==2.13.0 --index-url <your CPU index>".
+# TORCH: what pip is told to install as torch; training-cpu demands --build-arg TORCH="torch==2.13.0 --index-url <your CPU index>".
 # Wheels that a build should take before it asks an index come as a second context: --build-context wheels=FOLDER, and with
 # --build-arg PIP_NO_INDEX=1 from nowhere else.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
@@ -11,6 +11,13 @@ ARG TORCH="--require-hashes --no-deps -r /src/requirements/torch.txt"
 ARG TORCH_XLA="--require-hashes --no-deps -r /src/requirements/torch-xla.txt"
 
 FROM scratch AS wheels
+
+# Where TORCH was not named, refuses training-cpu before anything is downloaded: the locked torch is the CUDA build.
+FROM ${BASE} AS named-torch
+ARG TORCH
+RUN case "${TORCH}" in *requirements/torch.txt*) \
+        echo 'training-cpu: the locked torch is for CUDA; name a CPU build: --build-arg TORCH="torch==VERSION --index-url INDEX"' >&2; exit 1;; \
+    esac
 
 # What every image shares: a user without a name, everything that must be writable below /tmp, so that the root can be read-only.
 FROM ${BASE} AS base
@@ -90,3 +97,4 @@ ENV BIT_GIT_COMMIT=${REVISION}
 
 # The same stage under the name that says what TORCH was.
 FROM training AS training-cpu
+RUN --mount=type=bind,from=named-torch,target=/mnt true

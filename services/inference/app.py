@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from services.inference import bodies, connections, explain, protocol
 from services.inference.access import AccessLog
+from services.inference.cache import Cache
 from services.inference.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -66,7 +67,9 @@ class App:
         registry = (
             FolderRegistry(settings.models)
             if settings.models
-            else MLflowRegistry(settings.tracking_uri, settings.cache_dir, settings.write_back)
+            else MLflowRegistry(
+                settings.tracking_uri, Cache(settings.cache_dir, settings.cache_mb * MiB), settings.write_back
+            )
         )
         given = (settings.poll_interval_s, settings.max_batch, frozenset(settings.only))
         self.follower = Follower(registry, self.models, self.metrics, *given)

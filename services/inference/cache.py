@@ -6,19 +6,25 @@ import logging
 import os
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from services.inference.aliases import Wanted
 
 log = logging.getLogger("bit.cache")
 KEPT_S = 86_400  # an export that no alias has any more may be wanted back within a day
+PART = ".part"  # ends the name of what is being written
 
 
 class Cache:
-    """All writes are atomic; a full disk costs the cache, never the service."""
+    """All writes are atomic; a full disk costs the cache, never the service.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    budget_bytes: what exports may take together, 0: no limit. The folder may be shared: any of its files may be gone at any
+    moment, since other instances make room too.
+    """
+
+    def __init__(self, folder: Path, budget_bytes: int = 0) -> None:
+        self.folder, self.budget_bytes = folder, budget_bytes
         self.index = folder / "served.json"  # "<tenant>/<alias>" → [version, sha256]
         self._known: dict[str, list[str]] = {}
         if self.index.is_file():
@@ -40,20 +46,32 @@ class Cache:
         return sha256 if version == wanted.version else None
 
     def size_bytes(self, sha256: str) -> int:
-        path = self.folder / f"{sha256}.onnx"
-        return path.stat().st_size if path.is_file() else 0
+        try:
+            return (self.folder / f"{sha256}.onnx").stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
 
     def read(self, sha256: str) -> bytes | None:
-        """None where it isn't there, or no longer what it was."""
+        """None where it isn't there, or no longer what it was. A file's mtime is its last use."""
         path = self.folder / f"{sha256}.onnx"
-        if not path.is_file():
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        data = path.read_bytes()
-        return data if hashlib.sha256(data).hexdigest() == sha256 else None
+        if hashlib.sha256(data).hexdigest() != sha256:
+            return None
+        with suppress(OSError):  # on a read-only volume the order of use is that of writing
+            os.utime(path)
+        return data
 
     def write(self, sha256: str, data: bytes) -> None:
-        """A full disk costs the cache, not the version."""
+        """Those used longest ago give way to it. A full disk costs the cache, not the version."""
+        if 0 < self.budget_bytes < len(data):
+            log.warning("the export %s… of %d bytes is more than the cache may hold", sha256[:12], len(data))
+            return
         try:
+            if self.budget_bytes:
+                self._make_room(self.budget_bytes - len(data))
             self._write(self.folder / f"{sha256}.onnx", data)
         except OSError as error:
             log.warning("the export %s… cannot be kept in %s: %s", sha256[:12], self.folder, error)
@@ -68,8 +86,8 @@ class Cache:
         try:
             self._write(self.index, json.dumps(self._known, indent=1, sort_keys=True).encode())
             kept = {digest for _, digest in self._known.values()} | {before[1] if before else ""}
-            for path in self.folder.glob("*.onnx"):
-                if path.stem not in kept and time.time() - path.stat().st_mtime > KEPT_S:
+            for used, _, path in self._files():
+                if path.stem not in kept and time.time() - used > KEPT_S:
                     path.unlink(missing_ok=True)
         except OSError as error:
             log.warning("%s cannot be written: %s", self.index, error)
@@ -86,9 +104,28 @@ class Cache:
         except OSError as error:
             log.warning("%s@%s cannot be removed from %s: %s", tenant, alias, self.folder, error)
 
+    def _files(self) -> list[tuple[float, int, Path]]:
+        """(last use, bytes, path) of the exports and of what a process that was killed left half-written; oldest use first."""
+        files = []
+        for path in (*self.folder.glob("*.onnx"), *self.folder.glob(f"*{PART}")):
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                files.append((stat.st_mtime, stat.st_size, path))
+        return sorted(files)
+
+    def _make_room(self, budget_bytes: int) -> None:
+        files = self._files()
+        total = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if total <= budget_bytes:
+                return
+            path.unlink(missing_ok=True)
+            total -= size
+            log.info("%s left the cache, used longest ago", path.name)
+
     def _write(self, path: Path, data: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = tempfile.NamedTemporaryFile(dir=self.folder, delete=False)  # noqa: SIM115 (renamed, or removed below)
+        file = tempfile.NamedTemporaryFile(dir=self.folder, suffix=PART, delete=False)  # noqa: SIM115 (renamed, or removed below)
         try:
             with file:
                 file.write(data)

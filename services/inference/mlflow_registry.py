@@ -3,7 +3,6 @@
 import hashlib
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,8 +25,8 @@ class MLflowRegistry:
     write_back: whether the account may write (tag `serving.state`, history of promotions); reading is enough without it.
     """
 
-    def __init__(self, uri: str, cache_dir: Path, write_back: bool) -> None:
-        self.write_back, self.cache = write_back, Cache(cache_dir)
+    def __init__(self, uri: str, cache: Cache, write_back: bool) -> None:
+        self.write_back, self.cache = write_back, cache
         self.http = httpx.Client(base_url=uri.rstrip("/"), timeout=httpx.Timeout(10, read=120), auth=_account())
         self._tags: dict[tuple[str, str], dict[str, str]] = {}
 

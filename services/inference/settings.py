@@ -23,6 +23,9 @@ class Settings(BaseSettings):
     tenants: Path | None = Field(None, description="JSON file of keys and quotas; without it everybody may ask")
 
     cache_dir: Path = Field(Path(".serve/cache"), description="where downloaded exports are kept, by sha256")
+    cache_mb: int = Field(
+        8_192, ge=0, description="disk for downloaded exports; those used longest ago give way; 0: no limit"
+    )
     poll_interval_s: float = Field(2.0, gt=0, description="seconds between two looks at the registry")
     write_back: bool = Field(True, description="tell MLflow what became of a version (tag serving.state)")
     memory_mb: int = Field(0, ge=0, description="memory for models; the least recently used give way; 0: no limit")

@@ -79,6 +79,16 @@ def test_models_fit_into_the_memory_limit() -> None:
     assert settings().memory_mb + 512 <= 2048
 
 
+@pytest.mark.parametrize(
+    ("size", "room_mb"), [("4Gi", 3_686), ("512Mi", 460), ("1.5Gi", 1_382), ("10G", 8_583), ("1Ti", 943_718)]
+)
+def test_exports_fit_into_the_caches_volume(size: str, room_mb: int) -> None:
+    """Over an emptyDir's limit the kubelet evicts the pod."""
+    assert settings(cache__size=size).cache_mb == room_mb
+    volumes = pod_of(render("inference", cache__size=size)["Deployment"])["volumes"]
+    assert {"name": "cache", "emptyDir": {"sizeLimit": size}} in volumes
+
+
 def test_the_probes_ask_for_pages_that_exist_and_a_missing_registry_restarts_nothing() -> None:
     container = pod_of(render("inference")["Deployment"])["containers"][0]
     asked = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
@@ -243,6 +253,7 @@ def test_series_that_are_gone_are_no_zero_load_unless_there_may_be_no_pod() -> N
         ("registry.trackingUri=mlflow", "trackingUri"),
         ("keys.tenants.acme.keys[0]=secret", "acme"),
         ("image.digest=latest", "digest"),
+        ("cache.size=4", "size"),
         ("shutdown.preStopSeconds=0", "preStopSeconds"),
         ("ingress.enabled=true", "hosts"),
     ],

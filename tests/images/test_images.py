@@ -68,8 +68,22 @@ def test_nothing_is_inside_that_only_a_build_needs(target: str, request: pytest.
         assert not (root / "root" / ".cache").exists()
         assert not list((root / "wheels").glob("*")) if (root / "wheels").exists() else True
         assert not (root / "app" / "tests").exists()
+        [packages] = root.glob("opt/venv/lib/python3*/site-packages")
+        assert not [
+            str(path.relative_to(packages)) for path in packages.rglob("test*") if path.name in ("test", "tests")
+        ]
+        left = {path.name for path in packages.glob("torch/bin/*") if path.is_file() and path.stat().st_mode & 0o111}
+        assert left <= {"torch_shm_manager"}
         # What a change of the code makes anew is the last folder copied, /app.
         assert size_bytes(root / "app") < 5 * MB
+
+
+def test_training_cpu_is_refused_without_a_named_torch() -> None:
+    """The locked one is for CUDA: gigabytes under a name that denies them."""
+    given = ["--build-arg", f"BASE={base()}", "--build-arg", "PIP_NO_INDEX=1"]
+    options = ["--quiet", "--layers", "--isolation", "chroot", "--target", "training-cpu"]
+    with alone(), pytest.raises(RuntimeError, match="name a CPU build: --build-arg TORCH="):
+        buildah("bud", *options, *given, str(ROOT))
 
 
 @pytest.mark.parametrize("target", ["inference", "training"])

@@ -284,6 +284,23 @@ def test_while_mlflow_is_down_the_verified_cache_serves(tmp_path: Path) -> None:
         assert service.classify("lamps", gray_png(10)).status_code == 404
 
 
+def test_beyond_the_cache_a_start_without_mlflow_serves_what_was_read_last(tmp_path: Path) -> None:
+    with mlflow_server(tmp_path) as uri:
+        store = MLflow(uri, tmp_path)
+        for number in range(3):
+            store.publish(f"t{number}", padded(number))
+        limit = ("--cache_mb", "10")  # of 4 MB each
+        with bit_serve(store, tmp_path, *limit) as service:
+            for number in range(3):
+                assert service.classify(f"t{number}", gray_png(10)).status_code == 200
+            kept = {path.stem for path in (tmp_path / "cache").glob("*.onnx")}
+            assert len(kept) == 2
+    with bit_serve(store, tmp_path, *limit) as service:
+        served = service.http.get("/v1/tenants").json()["served"]
+        assert {one["sha256"] for one in served} == kept
+        assert all(service.classify(one["tenant"], gray_png(10)).status_code == 200 for one in served)
+
+
 def wait_for(holds: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not holds():
@@ -327,10 +344,62 @@ def test_without_write_back_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_costs_the_cache_and_nothing_else(tmp_path: Path) -> None:
-    cache = Cache(Path("/dev/full/cache"))  # no folder can be made there, as none can on a full disk
+    cache = Cache(Path("/dev/full/cache"), budget_bytes=10)  # no folder can be made there, as none can on a full disk
     cache.write(hashlib.sha256(b"x").hexdigest(), b"x")
     cache.remember(Wanted("a", "champion", "1"), "0" * 64)
     assert cache.read("0" * 64) is None
+
+
+def digests(cache: Cache) -> set[str]:
+    return {path.stem for path in cache.folder.glob("*.onnx")}
+
+
+def test_exports_used_longest_ago_leave_the_cache_when_another_needs_their_room(tmp_path: Path) -> None:
+    exports = {hashlib.sha256(data).hexdigest(): data for data in (bytes([n]) * 100 for n in range(5))}
+    a, b, c, d, large = exports
+    cache = Cache(tmp_path, budget_bytes=330)
+    (tmp_path / "killed.part").write_bytes(b"x" * 30)  # counts as well, and is the oldest
+    os.utime(tmp_path / "killed.part", (1, 1))
+    for age, sha256 in enumerate((a, b, c)):
+        cache.write(sha256, exports[sha256])
+        cache.remember(Wanted(sha256[:4], "champion", "1"), sha256)
+        os.utime(tmp_path / f"{sha256}.onnx", (age + 2, age + 2))
+    assert digests(cache) == {a, b, c}
+    assert cache.read(a) == exports[a]  # used
+    cache.write(d, exports[d])
+    assert digests(cache) == {a, c, d}
+    assert not list(tmp_path.glob("*.part"))
+    cache.write(large, exports[large] * 4)  # more than all of it
+    assert digests(cache) == {a, c, d}
+    assert {one.tenant for one in Cache(tmp_path).remembered()} == {a[:4], c[:4]}
+    Cache(tmp_path).write(large, exports[large] * 4)  # 0: no limit
+    assert digests(cache) == {a, c, d, large}
+
+
+def test_a_file_that_another_instance_removes_is_a_miss(tmp_path: Path) -> None:
+    data, stop, cache = b"x" * 100, threading.Event(), Cache(tmp_path / "cache", budget_bytes=150)
+    sha256 = hashlib.sha256(data).hexdigest()
+    cache.write(sha256, data)
+    shown = cache.folder / f"{sha256}.onnx"
+    shown.rename(tmp_path / "hidden")
+
+    def other() -> None:
+        while not stop.is_set():
+            os.link(tmp_path / "hidden", shown)
+            shown.unlink()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        reads = [cache.read(sha256) for _ in range(20_000)]
+        sizes = [cache.size_bytes(sha256) for _ in range(20_000)]
+    finally:
+        stop.set()
+        thread.join()
+    assert set(reads) == {None, data}
+    assert set(sizes) == {0, len(data)}
+    cache.write("0" * 64, data)
+    assert digests(cache) == {"0" * 64}
 
 
 def test_the_cache_is_whole_whenever_the_process_dies(tmp_path: Path) -> None:

@@ -115,3 +115,10 @@ scaleDown:
 {{ . }}
 {{- end -}}
 {{- end -}}
+
+{{- /* Nine tenths of a volume in MiB: over its size limit the kubelet evicts the pod. */ -}}
+{{- define "inference.cache-mb" -}}
+{{- $bytes := dict "M" 1e6 "G" 1e9 "T" 1e12 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 -}}
+{{- $unit := regexFind "[MGT]i?$" . -}}
+{{- max 1 (divf (mulf 0.9 (trimSuffix $unit . | float64) (get $bytes $unit)) 1048576.0 | int64) -}}
+{{- end -}}
