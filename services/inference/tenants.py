@@ -193,7 +193,10 @@ def main() -> None:
     parser.add_argument("--file", type=Path, required=True, help="file of tenants; made when it is not there")
     parser.add_argument("--revoke", action="store_true", help="first remove the keys that the tenant has")
     given = parser.parse_args()
-    known = json.loads(given.file.read_text()) if given.file.exists() else {}
+    try:
+        known = json.loads(given.file.read_text()) if given.file.exists() else {}
+    except ValueError as error:
+        sys.exit(f"bit-serve-key: {given.file} is not JSON ({error}): fetch the present one again; nothing was changed")
     key = secrets.token_urlsafe(32)
     entry = known.setdefault(given.tenant, {})
     entry["keys"] = [*([] if given.revoke else entry.get("keys", [])), hashlib.sha256(key.encode()).hexdigest()]

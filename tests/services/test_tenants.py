@@ -237,6 +237,17 @@ def test_a_wrong_file_is_refused_at_the_start_with_the_key_that_is_wrong(tmp_pat
     assert "acme.weight" in done.stderr
 
 
+def test_a_key_is_not_added_to_a_file_that_was_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "tenants.json").write_text("")
+    program = Path(sys.executable).with_name("bit-serve-key")
+    command = [program, "acme", "--file", str(tmp_path / "tenants.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "tenants.json is not JSON" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "tenants.json").read_text() == ""
+
+
 def test_a_service_for_one_tenant_follows_no_other(tmp_path: Path) -> None:
     store = Folder(tmp_path)
     for tenant in ("acme", "lamps"):
