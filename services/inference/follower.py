@@ -19,6 +19,7 @@ from services.inference.engine import Session
 from services.inference.errors import NotFound, Refused
 from services.inference.metrics import Metrics
 from services.inference.models import Cold, Models, Served
+from services.inference.priority import give_way
 from services.inference.registry import Registry, RegistryDown
 
 log = logging.getLogger("bit.follower")
@@ -175,7 +176,7 @@ class Follower:
             log.exception("%s version %s: cannot write %r back", item.tenant, item.version, state)
 
     def _run(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        give_way(NICENESS)
         due = 0.0
         while not self._stopped:
             if time.monotonic() >= due:

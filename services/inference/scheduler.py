@@ -7,7 +7,6 @@ On a CPU nothing is gained by waiting for a fuller batch, and a long one makes e
 """
 
 import asyncio
-import os
 import threading
 import time
 from collections import deque
@@ -22,6 +21,7 @@ from services.inference.engine import Session
 from services.inference.errors import BadRequest, DeadlineExceeded, ServiceError, TooLarge, Unavailable
 from services.inference.metrics import Metrics
 from services.inference.models import Served
+from services.inference.priority import give_way
 
 NICENESS = 5  # a worker gives way to the event loop, which has little to do but must do it at once
 HALF_LIFE_S = 2.0  # shorter averages are so noisy that a tenant within its share at times waits behind one beyond it
@@ -141,7 +141,7 @@ class Scheduler:
             thread.join()
 
     def _work(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        give_way(NICENESS)
         while batch := self._take():
             began = time.monotonic()
             alive = [work for work in batch if self._in_time(work, began)]

@@ -18,6 +18,7 @@ from services.inference.engine import Session
 from services.inference.follower import Follower
 from services.inference.metrics import Metrics
 from services.inference.models import Cold, Models, Served
+from services.inference.priority import give_way
 from services.inference.registry import FolderRegistry, RegistryDown
 from tests.services.exports import export, gray_png
 from tests.services.running import Folder, MLflow, Service, bit_serve, mlflow_server
@@ -433,3 +434,19 @@ def test_three_hundred_small_tenants_live_on_one_instance(tmp_path: Path) -> Non
             assert best == f"bright-{number}"
         resident_mb = int(Path(f"/proc/{service.process.pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
         assert resident_mb < 400
+
+
+def test_a_thread_that_is_nicer_already_stays_so() -> None:
+    """Without the right to go back, which containers lack, it would end with PermissionError."""
+    reached: list[int] = []
+
+    def work() -> None:
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, 17)
+        give_way(5)
+        reached.append(os.getpriority(os.PRIO_PROCESS, thread))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert reached == [17]
