@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Bytecode is made when a module is first used: compiling all of every package takes as long as downloading them.
 export PIP_NO_COMPILE := 1
 
-.PHONY: setup demo serve test test-load bench-autoscaling test-autoscaling test-cluster lint bench bench-serving bench-swaps bench-transfer clean test-images test-node test-charts test-engine test-xla lock
+.PHONY: setup demo serve test test-load bench-autoscaling test-autoscaling test-cluster test-fleet lint bench bench-serving bench-swaps bench-transfer clean test-images test-node test-charts test-engine test-xla lock
 
 setup: .venv/.stamp
 
@@ -72,9 +72,13 @@ test-charts: .venv/.stamp-dev
 lock:
 	docker/lock
 
-# Jobs on a real control plane, pods' own commands as processes; needs the kit that tests/clusters.py names.
+# Jobs on a real control plane, pods' own commands as processes, and once in real pods; needs the kit that tests/clusters.py names.
 test-cluster: .venv/.stamp-dev
-	pytest -m heavy tests/cluster
+	pytest -m heavy tests/cluster --ignore tests/cluster/test_fleet.py
+
+# Two hundred tenants' jobs at once (3 minutes of both cores).
+test-fleet: .venv/.stamp-dev
+	pytest -m heavy tests/cluster/test_fleet.py
 
 # Real Prometheus, KEDA and HPA act on the load of a real service: needs the kit that tests/clusters.py names, Debian's prometheus and both cores.
 test-autoscaling: .venv/.stamp-dev

@@ -19,7 +19,7 @@ PAGE = (ROOT / "docs" / "cluster.md").read_text()
 COMMANDS = [
     line.partition("  #")[0].strip()
     for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
 ]
 H100_FLOPS, SHARE, DOLLARS = 989e12, 0.2, 3
 PICTURES = 1e8
