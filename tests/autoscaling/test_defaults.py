@@ -18,6 +18,9 @@ def test_the_simulated_defaults_are_the_charts() -> None:
     assert scaling["keda"]["inFlight"] == DEFAULT.in_flight
     assert scaling["keda"]["queueMilliseconds"] == DEFAULT.queue_ms
     assert scaling["minReplicas"] == DEFAULT.min_replicas
+    assert scaling["maxReplicas"] == DEFAULT.max_replicas
+    assert scaling["up"] == {"windowSeconds": 0, "percent": 100, "pods": 4, "periodSeconds": 15}
+    assert (scaling["down"]["pods"], scaling["down"]["periodSeconds"]) == (1, 60)
     assert scaling["down"]["windowSeconds"] == DEFAULT.down_window_s
     assert values["metrics"]["interval"] == f"{DEFAULT.scrape_s:.0f}s"
     template = (ROOT / "charts/inference/templates/scaledobject.yaml").read_text()
