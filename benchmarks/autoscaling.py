@@ -33,8 +33,8 @@ class Instance:
     """Measured by benchmarks/service_model.py (R50x1 at 224 pixels, one worker, as the chart's default has it, on an EPYC core,
     November 2026): 23.0 answers/s when busy, 44 ms alone, 2.8 s from process to ready, 2.3 s for a swap on an idle core.
 
-    pod_s: before the process starts (assumed: scheduling, an image that the node has, probes); swap_share: of the core that loading
-    takes beside a busy worker, by their niceness (15 and 5: the kernel's weights 36 and 335), so that a swap lasts longer there.
+    pod_s: before the process starts (assumed: scheduling, an image that the node has, probes); swap_share: of the core that
+    loading takes beside a busy worker, by their niceness (15 and 5: the kernel's weights 36 and 335): a swap lasts longer there.
     """
 
     workers: int = 1
