@@ -66,6 +66,8 @@ FROM base AS mlflow
 COPY --from=mlflow-packages /opt/venv /opt/venv
 EXPOSE 5000
 CMD ["mlflow", "server", "--host", "0.0.0.0", "--port", "5000"]
+ARG REVISION=unknown
+LABEL org.opencontainers.image.revision="${REVISION}"
 
 # Every program below ends by itself on SIGTERM as process 1 (tests/images), so that no init stands before it.
 FROM base AS inference

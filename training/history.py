@@ -75,7 +75,7 @@ def record(
     run = client.create_run(experiment, int(time.time() * 1000), tags, f"{tenant} {told['from']} → {told['to']}")
     try:
         yield tracking.Run(client, run.info.run_id, run.info.artifact_uri or "")
-    except BaseException:
+    except BaseException:  # Ctrl-C too moved nothing
         client.set_terminated(run.info.run_id, "FAILED")
         raise
     client.set_terminated(run.info.run_id, "FINISHED")

@@ -7,11 +7,8 @@
 runs is joined, what has ended is not run again, and two people who submit at once get one job.
 """
 
-import sys
-import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import yaml
 from rich.console import Console
@@ -19,6 +16,7 @@ from rich.table import Table
 
 from training import receipt
 from training.cluster import explain, pod, results
+from training.cluster.following import Followed, say
 from training.cluster.jobs import EVERYWHERE, PATIENCE_S, ClusterError, Jobs, Object
 from training.cluster.manifests import Order, render
 from training.cluster.orders import ended_before, order
@@ -27,7 +25,6 @@ from training.data import remote
 from training.hyperrule import HyperRule
 
 DETACHED = 130  # 128 + SIGINT
-OVER = ("Succeeded", "Failed", "Removed")
 
 
 class JobError(ClusterError):
@@ -45,7 +42,7 @@ def main(config: Config, stage: str, tenant: str | None = None, *, follow: bool 
     """
     jobs, wanted = Jobs(config.cluster, tenant), order(config, stage, tenant)
     found = jobs.get(wanted.name)
-    if found and retry and _is_in_vain(config, found, stage, tenant):
+    if found and retry and _is_in_vain(config, jobs, found, stage, tenant):
         _clear(config, jobs, found)
         found = jobs.get(wanted.name)  # somebody else's, who retried it at the same time
     if found is None and not retry and ended_before(config, wanted.name):
@@ -62,12 +59,12 @@ def main(config: Config, stage: str, tenant: str | None = None, *, follow: bool 
         attach(config, jobs, wanted.name, stage, tenant)
 
 
-def _is_in_vain(config: Config, job: Object, stage: str, tenant: str | None) -> bool:
+def _is_in_vain(config: Config, jobs: Jobs, job: Object, stage: str, tenant: str | None) -> bool:
     """Whether a job failed, or succeeded and its receipt is lost or damaged."""
     if explain.condition(job) != "Succeeded":
         return explain.condition(job) == "Failed"
     try:
-        results.collect(config, Jobs(config.cluster, tenant).pods(job["metadata"]["name"]), job, stage, tenant)
+        results.collect(config, jobs.pods(job["metadata"]["name"]), job, stage, tenant)
     except ClusterError:
         return True
     return False
@@ -126,79 +123,6 @@ def _examples_at_once(config: Config, stage: str) -> int | None:
     return given.micro_batch or max(1, whole // (nodes.workers * nodes.devices))
 
 
-@dataclass
-class Followed:
-    """One job under a watch, which says what changes: its state, why it waits, what was started again; and the log of rank 0."""
-
-    jobs: Jobs
-    name: str
-    ends: list[Object] = field(
-        default_factory=list
-    )  # how its containers ended, as last seen: a failed job loses its pods
-    seen: dict[str, set[str]] = field(default_factory=dict)  # pod's name → uids that it had
-    said: str = ""
-    tail: threading.Thread | None = None
-    printed: str = ""  # time of the last line of the log
-    unread: str = ""  # why the log cannot be read
-    answered: float = field(default_factory=time.monotonic)  # when its pods were seen last
-
-    def to_the_end(self) -> Object:
-        job: Object = {}
-        for news in self.jobs.watch(f"bit/job={self.name}", [self.name]):
-            job = news or job
-            if not job:
-                continue
-            state = explain.condition(job)
-            over = state in OVER
-            try:
-                self._look(job, state, over)
-                self.answered = time.monotonic()
-            except ClusterError as error:  # an outage the watch tells itself, and comes back to
-                if error.refused and time.monotonic() - self.answered > PATIENCE_S:
-                    raise
-                continue
-            if over:
-                if self.tail:
-                    self.tail.join(timeout=5)
-                return job
-        raise AssertionError("a watch has no end")
-
-    def _look(self, job: Object, state: str, over: bool) -> None:
-        self.pods = pods = self.jobs.pods(self.name)
-        self.ends = explain.terminated(pods) or self.ends
-        for one in pods:
-            self.seen.setdefault(one["metadata"]["name"], set()).add(one["metadata"]["uid"])
-        if over:
-            return
-        running = state == "Running" and any(one["status"].get("phase") == "Running" for one in pods)
-        now = "running" if running else "waiting: " + explain.waiting(job, pods, *self._told(job))
-        replaced = sum(len(uids) - 1 for uids in self.seen.values())
-        notes = [explain.restarts(pods), f"preempted or lost, and resumed {replaced} times" if replaced else ""]
-        if noted := "; ".join(note for note in notes if note):
-            now += f" ({noted})"
-        if now != self.said:
-            self.said = now
-            say(f"{self.name}: {now}")
-        if running and (self.tail is None or not self.tail.is_alive()):
-            self.tail = threading.Thread(target=self._print_logs, daemon=True)
-            self.tail.start()
-
-    def _told(self, job: Object) -> tuple[list[str], list[Object]]:
-        suspended = job.get("spec", {}).get("runPolicy", {}).get("suspend")
-        return self.jobs.events(job["metadata"]["name"]), self.jobs.workloads() if suspended else []
-
-    def _print_logs(self) -> None:
-        """Until the pod ends or the connection is cut: then the next thread goes on after the last line."""
-        try:
-            for stamp, line in self.jobs.logs(f"{self.name}-worker-0", follow=True, after=self.printed):
-                say(f"  {line}")
-                self.printed = stamp
-        except ClusterError as error:  # the job is followed without it
-            if self.unread != str(error):
-                self.unread = str(error)
-                say(f"{self.name}: its log cannot be read: {error}")
-
-
 def fleet(configs: dict[str, Config], *, follow: bool = True, retry: bool = False) -> None:
     """Submits the fine-tuning of every tenant at once; with `follow` all of them by one watch: one table, then a summary."""
     config = next(iter(configs.values()))
@@ -245,7 +169,7 @@ def _submit_all(
     there = {job["metadata"]["name"]: job for job in found}
     for tenant, wanted in orders.items():
         own = jobs.of(configs[tenant].cluster.namespace_of(tenant))
-        if retry and explain.condition(there.get(wanted.name, {})) == "Failed":
+        if retry and wanted.name in there and _is_in_vain(configs[tenant], own, there[wanted.name], "finetune", tenant):
             _clear(configs[tenant], own, there.pop(wanted.name))
         if wanted.name in there:
             continue
@@ -264,7 +188,7 @@ def _follow_all(names: set[str], every: Jobs, ended: dict[str, Object]) -> None:
     for seen in every.watch("bit/stage=finetune", names - set(ended)):
         if seen and (name := seen["metadata"]["name"]) in states and name not in ended:
             states[name] = explain.condition(seen)
-            if states[name] in OVER:
+            if states[name] in explain.OVER:
                 ended[name] = seen
         counts = [(state, list(states.values()).count(state)) for state in sorted(set(states.values()))]
         now = ", ".join(f"{count} {state.lower()}" for state, count in counts)
@@ -280,7 +204,7 @@ def _refuse_two(orders: Iterable[Order], found: list[Object]) -> None:
     wanted = {order.training: order.name for order in orders}
     for job in found:
         name, training = job["metadata"]["name"], job["metadata"]["labels"].get("bit/training")
-        if wanted.get(training, name) != name and explain.condition(job) not in OVER:
+        if wanted.get(training, name) != name and explain.condition(job) not in explain.OVER:
             raise ClusterError(
                 f"{name} is the same training with another image, micro_batch or the like, and still there: `bit attach {name}` "
                 f"follows it; after `bit cancel {name}` {wanted[training]} goes on from its checkpoint."
@@ -303,7 +227,3 @@ def show(rows: Sequence[tuple[str, str, str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 
 from tests.charts import mlflow_server
 from tests.charts.mlflow_server import ADMIN, BUCKET, SERVICE, Server, objects, prepare
+from tests.clusters import wait_for
 from tests.operations import runbook
 from tests.services.exports import export, gray_png
 from tests.services.running import MLflow, bit_serve
@@ -64,7 +66,7 @@ def test_a_browsers_page_may_call_it_from_the_named_origin_alone(server: Server)
     assert changed("https://evil.example.test") == 403
 
 
-def test_it_is_ready_and_without_host_account_or_database_it_would_not_be(server: Server, tmp_path: Path) -> None:
+def test_it_is_ready_and_without_host_or_account_it_would_not_be(server: Server, tmp_path: Path) -> None:
     said = server.probe()
     assert said.returncode == 0, said.stderr
     pod = mlflow_server.pod_of(server.objects["Deployment"])
@@ -77,6 +79,21 @@ def test_it_is_ready_and_without_host_account_or_database_it_would_not_be(server
     nobody = server.execute(words, pod, container, MLFLOW_AUTH_ADMIN_PASSWORD="wrong")  # noqa: S106
     assert "401" in nobody.stderr
     assert httpx.get(f"{server.url}/health", headers={"Host": "evil.example.test"}).status_code == 200  # so no measure
+
+
+def test_it_is_not_ready_while_its_database_is_away(server: Server) -> None:
+    if "mlflow-database" not in server.backend.secrets:
+        pytest.skip("a database that is a file of the server's own volume is not away")
+    address = server.backend.secrets["mlflow-database"]["uri"]
+    beside = psycopg.connect(address.replace("/postgres", "/template1"), autocommit=True)
+    with beside:
+        beside.execute("ALTER DATABASE postgres ALLOW_CONNECTIONS false")
+        beside.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'postgres'")
+        try:
+            assert server.probe().returncode == 1
+        finally:
+            beside.execute("ALTER DATABASE postgres ALLOW_CONNECTIONS true")
+    wait_for(lambda: server.probe().returncode == 0, 60)
 
 
 def test_the_services_account_may_read_what_is_served_and_change_nothing(

@@ -11,6 +11,7 @@ from tests.cluster.conftest import ROOT, person
 from tests.clusters import Cluster, wait_for
 from training import submit
 from training.cluster import explain
+from training.cluster.following import Followed
 from training.cluster.jobs import EVERYWHERE, LONGEST_PAUSE_S, ClusterError, Jobs, pause_s
 from training.cluster.manifests import Object, Order, render
 from training.config import ClusterConfig, Config
@@ -56,7 +57,7 @@ def test_a_namespace_that_is_not_there_is_named(prepared: Cluster, monkeypatch: 
 def test_a_job_that_is_removed_ends_those_who_follow_it(prepared: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = jobs_of(prepared, monkeypatch)
     jobs.apply(held("bit-pretrain-gone"))
-    followed = submit.Followed(jobs, "bit-pretrain-gone")
+    followed = Followed(jobs, "bit-pretrain-gone")
     with ThreadPoolExecutor() as pool:
         ended = pool.submit(followed.to_the_end)
         wait_for(lambda: followed.said or ended.done())
@@ -69,9 +70,8 @@ def test_a_job_that_is_removed_ends_those_who_follow_it(prepared: Cluster, monke
 def test_a_follower_who_may_not_see_the_pods_is_told_so(prepared: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs_of(prepared, monkeypatch).apply(held("bit-pretrain-unseen"))
     blind = jobs_of(person(prepared, "follower", "bit-watcher"), monkeypatch)
-    monkeypatch.setattr(submit, "PATIENCE_S", 0)
     with pytest.raises(ClusterError, match="forbidden: you may not list pods"):
-        submit.Followed(blind, "bit-pretrain-unseen").to_the_end()
+        Followed(blind, "bit-pretrain-unseen", patience_s=0).to_the_end()
 
 
 def test_only_the_job_that_is_meant_is_removed(prepared: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

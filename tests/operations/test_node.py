@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster(folder: Path) -> Iterator[clusters.Cluster]:
     """A real node that has the image, a volume with one export, and the chart as the runbook installs it."""
-    if missing := build.lacking():
+    if (missing := build.lacking()) and "CI" not in os.environ:
         pytest.skip(f"images cannot be built here: no {', '.join(missing)}")
     image = build.build("inference")
     exports = folder / "exports"

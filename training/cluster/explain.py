@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 Object = dict[str, Any]
+OVER = ("Succeeded", "Failed", "Removed")
 SIGKILL, SIGTERM = 128 + 9, 128 + 15
 KILLED = "Signal 9 (SIGKILL) received"  # torchrun, of a rank that the kernel killed: memory, but for rare exceptions
 

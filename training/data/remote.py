@@ -75,7 +75,7 @@ def _kept(url: str) -> Path:
                 file.flush()
                 _hold(url, digest.hexdigest())
                 temporary.rename(path)  # another rank may have been faster: its file is the same
-            except BaseException:
+            except BaseException:  # Ctrl-C too leaves no part behind
                 temporary.unlink()
                 raise
     return path

@@ -157,7 +157,7 @@ def attempt(store: Store, stage: Optimisation, world: World, fork: bool = False)
     except (KeyboardInterrupt, BudgetError, CheckpointError):
         me.note(state="stopped")
         raise
-    except BaseException:
+    except BaseException:  # whatever ends it: the next attempt must know
         me.note(state="failed")
         raise
     if world.is_main:

@@ -150,7 +150,7 @@ class Checkpoints:
             self.store.write(f"{name}/{META}", json.dumps(meta).encode())
             self.written = name
             self._tidy()
-        except Exception as error:
+        except Exception as error:  # a store's client raises its own; none of them may cost the training
             kept = self._last_name()
             log.warning(
                 "checkpoint %s could not be written to %s (%s); training goes on, the last good one is %s",
@@ -160,7 +160,7 @@ class Checkpoints:
     def _last_name(self) -> str:
         try:
             return (self.complete() or ["none yet"])[-1]
-        except Exception:
+        except Exception:  # for a warning that the store failed: it may fail here too, in its client's own ways
             return "unknown"
 
     def _tidy(self) -> None:

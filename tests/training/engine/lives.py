@@ -22,7 +22,7 @@ def life(arguments: list[str]) -> int:
         return pid
     try:
         small_training.main(*arguments)
-    except BaseException:
+    except BaseException:  # as the interpreter ends: the fork must not return into its parent's code
         sys.excepthook(*sys.exc_info())
         os._exit(1)
     os._exit(0)
