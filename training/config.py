@@ -225,7 +225,7 @@ class ClusterConfig(Section):
     tenant_namespace: str | None = Field(
         None, pattern=r"\{tenant\}", description="namespace of a tenant's jobs, as bit-{tenant}; default: namespace"
     )
-    image: str | None = Field(None, description="training image, by digest")
+    image: str | None = Field(None, description="training image, by digest: name@sha256:…")
     store: str | None = Field(None, description="URL below which jobs leave their results, as s3://bucket/store")
     remote: str | None = Field(None, description="URL of the DVC remote that pods read packed pictures from")
     tracking_uri: str | None = Field(None, description="MLflow as pods reach it; default: the project's tracking_uri")

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from training import receipt
 from training.cluster import explain, pod, results
-from training.cluster.following import Followed, say
+from training.cluster.following import FLEET, Followed, follow_all, say
 from training.cluster.jobs import EVERYWHERE, PATIENCE_S, ClusterError, Jobs, Object
 from training.cluster.manifests import Order, render
 from training.cluster.orders import ended_before, order
@@ -128,6 +128,7 @@ def fleet(configs: dict[str, Config], *, follow: bool = True, retry: bool = Fals
     config = next(iter(configs.values()))
     jobs = Jobs(config.cluster)
     every = jobs.of(EVERYWHERE) if config.cluster.tenant_namespace else jobs
+    ends: dict[str, list[Object]] = {}
     orders = {tenant: order(given, "finetune", tenant) for tenant, given in configs.items()}
     try:
         ended = _submit_all(configs, orders, jobs, every, retry)
@@ -138,7 +139,7 @@ def fleet(configs: dict[str, Config], *, follow: bool = True, retry: bool = Fals
             return
         submitted = jobs.calls
         if len(ended) < len(orders):
-            _follow_all({wanted.name for wanted in orders.values()}, every, ended)
+            ends = follow_all({wanted.name for wanted in orders.values()}, every, ended)
     except KeyboardInterrupt:
         say("\ndetached; the jobs go on. Come back with: bit submit finetune --all")
         raise SystemExit(DETACHED) from None
@@ -147,7 +148,7 @@ def fleet(configs: dict[str, Config], *, follow: bool = True, retry: bool = Fals
         job, own = ended[wanted.name], jobs.of(config.cluster.namespace_of(tenant))
         try:
             if explain.condition(job) != "Succeeded":
-                raise ClusterError(why(configs[tenant], [], job, "finetune"))
+                raise ClusterError(why(configs[tenant], ends.get(wanted.name, []), job, "finetune"))
             pods = own.pods(wanted.name, PATIENCE_S) if "spec" in job else []  # else it ended and was removed before
             results.collect(configs[tenant], pods, job, "finetune", tenant)
         except ClusterError as error:
@@ -164,7 +165,7 @@ def _submit_all(
 ) -> dict[str, Object]:
     """Submits what is not there yet. Returns what need not run: jobs that ended, were removed and left their receipt."""
     ended: dict[str, Object] = {}
-    found = every.find("bit/stage=finetune")
+    found = every.find(FLEET)
     _refuse_two(orders.values(), found)
     there = {job["metadata"]["name"]: job for job in found}
     for tenant, wanted in orders.items():
@@ -179,24 +180,6 @@ def _submit_all(
         else:
             own.apply(render(wanted, configs[tenant].cluster))
     return ended
-
-
-def _follow_all(names: set[str], every: Jobs, ended: dict[str, Object]) -> None:
-    """Watches until all have ended, and says how many are where."""
-    states = {name: explain.condition(ended[name]) if name in ended else "Created" for name in names}
-    counted = ""
-    for seen in every.watch("bit/stage=finetune", names - set(ended)):
-        if seen and (name := seen["metadata"]["name"]) in states and name not in ended:
-            states[name] = explain.condition(seen)
-            if states[name] in explain.OVER:
-                ended[name] = seen
-        counts = [(state, list(states.values()).count(state)) for state in sorted(set(states.values()))]
-        now = ", ".join(f"{count} {state.lower()}" for state, count in counts)
-        if now != counted:
-            counted = now
-            say(f"finetune, {len(states)} tenants: {now}")
-        if len(ended) == len(states):
-            return
 
 
 def _refuse_two(orders: Iterable[Order], found: list[Object]) -> None:

@@ -17,14 +17,18 @@ from tests.cluster.kubelet import HOLD
 from tests.clusters import Cluster
 from tests.conftest import draw_folder
 from tests.e2e.test_pipeline import COPIED, PARAMS
+from training.demo import data
 
 ROOT = Path(__file__).parents[2]
 CPU = {"pool": "cpu", "node_selector": {"cloud.google.com/gke-nodepool": "cpu"}, "cpu": "1", "memory": "1Gi"}
 TENANT = "digits"
 
 
-def fresh(root: Path, pack: bool = True) -> Path:
-    """A repository with upstream pictures, one tenant and its pictures, upstream packed."""
+def fresh(root: Path, pack: bool = True, demo: bool = False) -> Path:
+    """A repository with upstream pictures, one tenant and its pictures, upstream packed.
+
+    demo: the demo's own pictures, with fewer of them upstream, in place of tiny drawn ones.
+    """
     for name in COPIED:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         source = ROOT / name
@@ -32,8 +36,12 @@ def fresh(root: Path, pack: bool = True) -> Path:
         shutil.copytree(source, root / name, ignore=ignore) if source.is_dir() else shutil.copy(source, root / name)
     shutil.copytree(K8S, root / "k8s")
     (root / "params.yaml").write_text(yaml.safe_dump(PARAMS | {"tracking_uri": f"sqlite:///{root}/.mlflow/mlflow.db"}))
-    draw_folder(root / "data" / "upstream", classes=4)
-    draw_folder(root / "tenants" / TENANT / "pictures", classes=2, train=6, test=4)
+    if demo:
+        data.write(root, per_class=8)
+        shutil.rmtree(root / "tenants" / "textures")
+    else:
+        draw_folder(root / "data" / "upstream", classes=4)
+        draw_folder(root / "tenants" / TENANT / "pictures", classes=2, train=6, test=4)
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     if not pack:
         return root

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from tests.cluster.projects import Command, edit, fresh, project, receipt
 from tests.clusters import Cluster, wait_for
 from training import cli
+from training.cluster import following
 from training.cluster.jobs import ClusterError, Jobs
 from training.errors import UserError
 from training.params import load
@@ -134,6 +136,57 @@ def test_all_tenants_are_tried_submitted_and_left_and_what_has_ended_is_not_run_
     submit()
     assert jobs() == []
     assert receipt(Path(), "finetune/fleet-b")["details"]["job"] == names[1]
+
+
+def test_why_tenants_wait_and_fail_is_told_for_all_of_them(
+    prepared: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(with_tenants(tmp_path, ["why-a", "why-b", "why-c"]))
+    monkeypatch.setenv("KUBECONFIG", str(prepared.kubeconfig))
+    monkeypatch.setattr(following, "LOOK_S", 1)
+    said, failures = "", []
+
+    def follow() -> None:
+        try:
+            cli.build()(["submit", "finetune", "--all", "--set", "cluster.finetune.cpu='900'"], standalone_mode=False)
+        except ClusterError as error:
+            failures.append(str(error))
+
+    def says(*texts: str) -> bool:
+        nonlocal said
+        said += capsys.readouterr().err
+        return all(text in said for text in texts)
+
+    def status(kind: str, name: str, value: dict[str, Any]) -> None:
+        patch = json.dumps({"status": value})
+        prepared.kubectl("patch", kind, name, "-n", "bit", "--subresource=status", "--type=merge", "-p", patch)
+
+    def killed(times: int) -> None:
+        ended = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+        told = {"name": "pytorch", "image": "x", "imageID": "", "ready": True, "restartCount": times, "lastState": ended}
+        running = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+        status("pod", f"{a}-worker-0", {"phase": "Running", "containerStatuses": [told | {"state": running}]})
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    wait_for(lambda: says("suspended; queue 'training' has not admitted it; 2 more like it"))
+    a, b, c = sorted(
+        job["metadata"]["name"]
+        for job in prepared.get("pytorchjobs", "-n", "bit", "-l", "bit/stage=finetune")["items"]
+        if job["metadata"]["labels"]["bit/tenant"].startswith("why-")
+    )
+    resume = json.dumps({"spec": {"runPolicy": {"suspend": False}}})
+    prepared.kubectl("patch", "-n", "bit", "--type=merge", "-p", resume, f"pytorchjob/{a}", f"pytorchjob/{b}")
+    wait_for(lambda: says(f"{a}: no node of the pool gke-nodepool=cpu has enough cpu (asks for 900) free", "; 1 more like it"))
+    killed(1)
+    wait_for(lambda: says(f"{a}: started again 1 time; killed for memory (OOMKilled)"))
+    killed(100)  # more than backoffLimit: the operator gives up, and takes the pod away
+    prepared.kubectl("delete", "pytorchjobs", "-n", "bit", b, c)
+    follower.join(60)
+    assert says("finetune, 3 tenants: 1 failed, 2 removed")
+    [told] = failures
+    assert "why-a: killed for memory (OOMKilled)" in told
+    assert "why-b: somebody cancelled it" in told
 
 
 def told(job: dict[str, Any], condition: str) -> bool:

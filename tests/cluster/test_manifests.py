@@ -20,6 +20,7 @@ from training.cluster.orders import order
 from training.config import ClusterConfig, Config, FinetuneConfig, NodesConfig
 
 ROOT = K8S.parent
+IMAGE = f"x@sha256:{'1' * 64}"
 JOBS = ("pretrain", "pretrain-tpu", "pretrain-tpu-multihost", "finetune")
 POOL_OF = {"pretrain": "gpu", "pretrain-tpu": "tpu", "pretrain-tpu-multihost": "tpu-slice", "finetune": "gpu"}
 
@@ -84,7 +85,7 @@ def test_what_is_rendered_for_a_pool_lands_there(prepared: Cluster, pool: str, l
         prepared.kubectl("label", "node", place, f"bit/pool={pool}", "--overwrite")
     other = {"cloud.google.com/gke-nodepool": "cpu"} if pool == "cpu" else {}
     nodes = NodesConfig(pool=pool, cpu="1", memory="1Gi", node_selector=other)
-    given = ClusterConfig(image="x@sha256:1", store="s3://b", pretrain=nodes, labels=labels, queue=None)
+    given = ClusterConfig(image=IMAGE, store="s3://b", pretrain=nodes, labels=labels, queue=None)
     name = f"bit-pretrain-{pool}-{labels}"
     objects = render(Order(name, "pretrain", None, {"params.yaml": "{}"}), given, ROOT)
     prepared.kubectl("apply", "--server-side", "-n", "bit", "-f", "-", stdin=yaml.safe_dump_all(objects))
@@ -171,7 +172,7 @@ def test_files_applied_by_hand_share_no_name_and_no_folder_and_lead_to_each_othe
 
 
 def test_a_pool_of_single_hosts_takes_one_worker() -> None:
-    given = ClusterConfig(image="x@sha256:1", store="s3://b", pretrain=NodesConfig(pool="tpu", workers=4, devices=4))
+    given = ClusterConfig(image=IMAGE, store="s3://b", pretrain=NodesConfig(pool="tpu", workers=4, devices=4))
     with pytest.raises(ManifestError, match=r"workers=4: pool 'tpu' is one host.*pretrain-tpu-multihost.yaml"):
         render(Order("bit-pretrain-1", "pretrain", None, {}), given, ROOT)
 
@@ -188,6 +189,7 @@ def test_every_training_pod_is_hardened(job: str) -> None:
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert "@sha256:" in container["image"]
+    assert {"name": "BIT_IMAGE", "value": container["image"]} in container["env"]
     assert {"cpu", "memory"} <= set(container["resources"]["limits"])
     assert pod["terminationGracePeriodSeconds"] >= 60
     [memory] = [volume["name"] for volume in pod["volumes"] if volume.get("emptyDir", {}).get("medium") == "Memory"]
@@ -259,14 +261,14 @@ def test_an_invalid_edit_is_refused_before_it_reaches_the_cluster(
     (tmp_path / "k8s" / "pretrain.yaml").write_text(yaml.safe_dump_all([config_map, job]))
     with pytest.raises(ManifestError, match=said):
         render(
-            Order("bit-pretrain-1", "pretrain", None, {}), ClusterConfig(image="x@sha256:1", store="s3://b"), tmp_path
+            Order("bit-pretrain-1", "pretrain", None, {}), ClusterConfig(image=IMAGE, store="s3://b"), tmp_path
         )
 
 
 def test_what_is_rendered_says_what_the_order_and_the_cluster_say() -> None:
     order = Order("bit-finetune-digits-1", "finetune", "digits", {"runs/pack/digits/receipt.json": "{}"})
     nodes = NodesConfig(pool="gpu-spot", devices=2, memory="9Gi")
-    given = ClusterConfig(image="x@sha256:1", store="s3://b/s", finetune=nodes, queue=None)
+    given = ClusterConfig(image=IMAGE, store="s3://b/s", finetune=nodes, queue=None)
     config_map, job = render(order, given, ROOT)
     pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
     [container] = pod["containers"]
@@ -281,7 +283,7 @@ def test_what_is_rendered_says_what_the_order_and_the_cluster_say() -> None:
 
 def test_labels_of_nodes_that_are_given_take_the_place_of_the_pools_own() -> None:
     nodes = NodesConfig(pool="gpu", node_selector={"bit/pool": "gpu"})
-    given = ClusterConfig(image="x@sha256:1", store="s3://b", pretrain=nodes)
+    given = ClusterConfig(image=IMAGE, store="s3://b", pretrain=nodes)
     _, job = render(Order("a", "pretrain", None, {}), given, ROOT)
     assert job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["nodeSelector"] == {"bit/pool": "gpu"}
 
@@ -296,7 +298,7 @@ def test_trainings_of_one_tenant_share_checkpoints_only_where_they_lead_to_the_s
     receipt.Receipt(stage="pretrain", tenant=None, **inputs).write(receipt.folder("pretrain"))
 
     def place(**values: object) -> tuple[str, str]:
-        given = ClusterConfig(image="x@sha256:1", store="s3://b")
+        given = ClusterConfig(image=IMAGE, store="s3://b")
         config = Config(finetune=FinetuneConfig(**values), cluster=given)
         wanted = order(config, "finetune", "digits")
         _, job = render(wanted, given, ROOT)
@@ -316,7 +318,8 @@ def test_trainings_of_one_tenant_share_checkpoints_only_where_they_lead_to_the_s
     ("given", "said"),
     [
         ({"store": "s3://b"}, "cluster.image is not set"),
-        ({"image": "x@sha256:1"}, "cluster.store is not set"),
+        ({"image": "registry.example.com/x:1.0", "store": "s3://b"}, "cluster.image='registry.example.com/x:1.0' is not named"),
+        ({"image": IMAGE}, "cluster.store is not set"),
     ],
 )
 def test_what_the_cluster_needs_is_asked_for_by_name(given: dict[str, str], said: str) -> None:
@@ -325,7 +328,7 @@ def test_what_the_cluster_needs_is_asked_for_by_name(given: dict[str, str], said
 
 
 def test_a_name_that_services_could_not_carry_is_refused() -> None:
-    given = ClusterConfig(image="x@sha256:1", store="s3://b")
+    given = ClusterConfig(image=IMAGE, store="s3://b")
     with pytest.raises(ManifestError, match="at most 50"):
         render(Order("a" * 56, "pretrain", None, {}), given, ROOT)
 

@@ -1,12 +1,18 @@
-"""Following one job to its end, in words: its state, why it waits, what was started again, and the log of rank 0."""
+"""Following jobs to their end, in words: one, with its state, why it waits, what was started again and the log of rank 0; or a fleet."""
 
+import re
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 from training.cluster import explain
 from training.cluster.jobs import PATIENCE_S, ClusterError, Jobs, Object
+
+FLEET = "bit/stage=finetune"
+LOOK_S = 60.0  # between two looks at why the jobs of a fleet wait: two requests for all of them
+TOLD = 5  # reasons of a look that are printed
 
 
 @dataclass
@@ -79,6 +85,64 @@ class Followed:
             if self.unread != str(error):
                 self.unread = str(error)
                 say(f"{self.name}: its log cannot be read: {error}")
+
+
+def follow_all(names: set[str], every: Jobs, ended: dict[str, Object]) -> dict[str, list[Object]]:
+    """Watches until all have ended, and says how many are where, and why those wait that do.
+
+    Returns how containers ended that ended in vain, by job: a job that failed has no pods left to tell it.
+    """
+    jobs: dict[str, Object] = {}
+    ends: dict[str, list[Object]] = {}
+    counted, looked = "", []
+    for news in every.watch(FLEET, names - set(ended), pause_s=LOOK_S):
+        if news and (name := news["metadata"]["name"]) in names and name not in ended:
+            jobs[name] = news
+            if explain.condition(news) in explain.OVER:
+                ended[name] = jobs.pop(name)
+        now = _counts([*jobs.values(), *ended.values()], len(names))
+        if now != counted:
+            counted = now
+            say(f"finetune, {len(names)} tenants: {now}")
+        if len(ended) == len(names):
+            break
+        if news is None:
+            told = _look(every, jobs, ends)
+            if told and told != looked:
+                say("\n".join(told))
+            looked = told
+    return ends
+
+
+def _counts(jobs: list[Object], whole: int) -> str:
+    states = Counter(explain.condition(job) for job in jobs)
+    states["Created"] += whole - len(jobs)  # not seen yet
+    return ", ".join(f"{count} {state.lower()}" for state, count in sorted(states.items()) if count)
+
+
+def _look(every: Jobs, jobs: dict[str, Object], ends: dict[str, list[Object]]) -> list[str]:
+    """Why jobs wait, or were started again: each reason once, with the first job that has it and how many more do."""
+    try:
+        pods: dict[str, list[Object]] = {}
+        for pod in every.pods_of(FLEET):
+            pods.setdefault(pod["metadata"]["labels"].get("bit/job", ""), []).append(pod)
+        suspended = any(explain.condition(job) == "Suspended" for job in jobs.values())
+        workloads = every.workloads() if suspended else []
+    except ClusterError as error:  # the jobs are followed without it
+        return [f"  why they wait cannot be seen: {error}"]
+    reasons: dict[str, list[str]] = {}
+    for name, job in sorted(jobs.items()):
+        own = pods.get(name, [])
+        ends[name] = explain.terminated(own) or ends.get(name, [])
+        told = explain.restarts(own)
+        if explain.condition(job) != "Running":
+            told = explain.waiting(job, own, [], workloads) + (f" ({told})" if told else "")
+        if told:
+            alike = re.sub(r"\d+", "", told)  # places in a queue and counts of nodes differ
+            reasons.setdefault(alike, []).append(f"{name}: {told}")
+    common = sorted(reasons.values(), key=len, reverse=True)
+    lines = [f"  {alike[0]}" + (f"; {len(alike) - 1} more like it" if alike[1:] else "") for alike in common[:TOLD]]
+    return lines + ([f"  and {len(common) - TOLD} reasons more: `bit attach JOB` tells one job's"] if common[TOLD:] else [])
 
 
 def say(text: str) -> None:

@@ -25,7 +25,7 @@ GROUP, VERSION, PLURAL = "kubeflow.org", "v1", "pytorchjobs"
 MANAGER = "bit"  # the field manager of server-side apply
 ALL = "app.kubernetes.io/part-of=bit"  # also jobs that kubectl made from k8s/
 EVERYWHERE = ""  # all namespaces
-CONNECT_S, READ_S = 5, 60
+CONNECT_S, READ_S = 5, 90  # longer than any watch
 LONGEST_PAUSE_S = 15.0
 PATIENCE_S = 120.0  # an API server that starts again refuses rights and kinds that it has not read yet
 
@@ -133,15 +133,19 @@ class Jobs:
         until = time.monotonic() + patience_s
         while True:
             try:
-                return self._pods(name)
+                return self.pods_of(f"bit/job={name}")
             except ClusterError:
                 if time.monotonic() > until:
                     raise
                 time.sleep(2)
 
-    def _pods(self, name: str) -> list[Object]:
+    def pods_of(self, selector: str) -> list[Object]:
+        """The pods that a selector of labels chooses, as plain objects."""
         with self._asked("list pods"):
-            found = self.core.list_namespaced_pod(self.namespace, label_selector=f"bit/job={name}")
+            if self.namespace == EVERYWHERE:
+                found = self.core.list_pod_for_all_namespaces(label_selector=selector)
+            else:
+                found = self.core.list_namespaced_pod(self.namespace, label_selector=selector)
         return [self.core.api_client.sanitize_for_serialization(pod) for pod in found.items]
 
     def events(self, about: str) -> list[str]:
@@ -152,11 +156,13 @@ class Jobs:
 
     def workloads(self) -> list[Object]:
         """Kueue's view of all jobs of the namespace; none where there is no Kueue."""
+        kind = ("kueue.x-k8s.io", "v1beta2")
         with self._asked("list workloads"):
             try:
-                found = self.custom.list_namespaced_custom_object(
-                    "kueue.x-k8s.io", "v1beta2", self.namespace, "workloads"
-                )
+                if self.namespace == EVERYWHERE:
+                    found = self.custom.list_cluster_custom_object(*kind, "workloads")
+                else:
+                    found = self.custom.list_namespaced_custom_object(*kind, self.namespace, "workloads")
             except ApiException as error:
                 if error.status in (403, 404):
                     return []

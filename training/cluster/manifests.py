@@ -85,6 +85,11 @@ def render(order: Order, cluster: ClusterConfig, root: Path = Path()) -> list[Ob
     if cluster.image is None or cluster.store is None:
         lacking = "image" if cluster.image is None else "store"
         raise ManifestError(f"cluster.{lacking} is not set: add it to params.yaml, section cluster.")
+    if not re.search(r"^localhost/|@sha256:[0-9a-f]{64}$", cluster.image):
+        raise ManifestError(
+            f"cluster.image={cluster.image!r} is not named by its digest, and a tag may be other code when a pod is made anew: "
+            "NAME@sha256:…, as `docker push` prints it; localhost/NAME:TAG for an image that only the nodes have."
+        )
     if len(order.name) > MAX_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", order.name):
         raise ManifestError(f"job name {order.name!r}: at most {MAX_NAME} of a-z, 0-9 and -, beginning with a letter.")
     nodes = cluster.nodes(order.stage)
