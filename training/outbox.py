@@ -8,7 +8,9 @@ import json
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,21 @@ log = logging.getLogger(__name__)
 
 
 class Outbox:
-    """deliver: called from one thread with a list of figures; raises where they did not arrive."""
+    """deliver: called from one thread with a list of figures; raises where they did not arrive.
+
+    Figures are in memory too until they are delivered: a full disk costs only what the next process would find on it.
+    """
 
     def __init__(self, path: Path, deliver: Callable[[list[Figure]], object]) -> None:
         self.path, self.deliver = path, deliver
         self._mark = path.with_name(f"{path.name}.sent")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a")
-        self._sent = int(self._mark.read_text()) if self._mark.is_file() else 0
-        self._size = path.stat().st_size
+        self._file = path.open("ab", buffering=0)
+        self._size = self._sent = 0  # bytes that were put, and that were delivered
+        self._unwritten = b""  # the last of them, where the disk is full
+        self._waiting: deque[tuple[list[Figure], int]] = deque()  # the figures of a line, the place behind it
         self._changed, self._closed = threading.Condition(), False
-        self.reached = self._steps()
+        self.reached = self._read()
         self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
         self._thread.start()
 
@@ -40,11 +46,11 @@ class Outbox:
         if not fresh:
             return
         self.reached |= {str(figure[0]): step for figure in fresh}
-        line = json.dumps(fresh) + "\n"
+        line = json.dumps(fresh).encode() + b"\n"
         with self._changed:
-            self._file.write(line)
-            self._file.flush()
-            self._size += len(line.encode())
+            self._size += len(line)
+            self._waiting.append((fresh, self._size))
+            self._write(line)
             self._changed.notify_all()
 
     def flush(self, timeout_s: float) -> bool:
@@ -59,29 +65,42 @@ class Outbox:
             self._changed.notify_all()
         self._file.close()
 
-    def _steps(self) -> dict[str, int]:
-        """The last step of every figure in the file. A line that was cut by a kill is cut off."""
+    def _read(self) -> dict[str, int]:
+        """Takes up what an earlier process left; the last step of every figure. A line that was cut by a kill is cut off."""
+        sent = int(self._mark.read_text() or 0) if self._mark.is_file() else 0
         reached: dict[str, int] = {}
-        whole = 0
         with self.path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                whole += len(line)
-                reached |= {name: step for name, _, _, step in json.loads(line)}
-        if whole < self._size:
-            self._file.truncate(whole)
-            self._size = whole
+                self._size += len(line)
+                figures = json.loads(line)
+                reached |= {name: step for name, _, _, step in figures}
+                if self._size > sent:
+                    self._waiting.append((figures, self._size))
+        self._file.truncate(self._size)
+        self._sent = min(sent, self._size)
         return reached
+
+    def _write(self, line: bytes) -> None:
+        """Appends to the file; what a full disk does not take is tried again with the next line."""
+        was_full = bool(self._unwritten)
+        self._unwritten += line
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not was_full:
+                log.warning("%s cannot be written (%s); figures wait in memory", self.path, error)
 
     def _work(self) -> None:
         failures = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._sent < self._size)
+                self._changed.wait_for(lambda: self._closed or self._waiting)
                 if self._closed:
                     return
-            batch, end = self._next()
+                batch, end = self._next()
             try:
                 self.deliver(batch)
             except Exception as error:
@@ -96,22 +115,28 @@ class Outbox:
             if failures:
                 log.warning("MLflow takes figures again")
             failures = 0
-            temporary = self._mark.with_suffix(".tmp")
-            temporary.write_text(str(end))
-            temporary.rename(self._mark)
+            with self._changed:
+                while self._waiting and self._waiting[0][1] <= end:
+                    self._waiting.popleft()
+                on_disk = self._size - len(self._unwritten)
+            self._note(min(end, on_disk))
             with self._changed:
                 self._sent = end
                 self._changed.notify_all()
 
     def _next(self) -> tuple[list[Figure], int]:
-        """The next figures to deliver, and the place in the file behind them."""
+        """The next figures to deliver, and the place behind them."""
         batch: list[Figure] = []
-        with self.path.open("rb") as file:
-            file.seek(self._sent)
-            end = self._sent
-            for line in file:
-                if not line.endswith(b"\n") or (batch and len(batch) + len(json.loads(line)) > BATCH):
-                    break
-                batch += json.loads(line)
-                end += len(line)
+        end = self._sent
+        for figures, place in self._waiting:
+            if batch and len(batch) + len(figures) > BATCH:
+                break
+            batch, end = batch + figures, place
         return batch, end
+
+    def _note(self, sent: int) -> None:
+        """Remembers what was delivered. Where the disk is full the next process delivers it again, which changes nothing."""
+        temporary = self._mark.with_suffix(".tmp")
+        with suppress(OSError):
+            temporary.write_text(str(sent))
+            temporary.rename(self._mark)

@@ -30,6 +30,8 @@ from training.outbox import Outbox
 UPSTREAM_MODEL = "bit-upstream"
 EXPORT = "model.onnx"  # in the artifact folder that a version's source names
 LAST_WORD_S = 10.0
+CONTINUE_S = 30.0
+Known = tuple[str, str, dict[str, int]]  # run id, artifacts' place, the last step of each figure
 log = logging.getLogger(__name__)
 CHAMPION, CHALLENGER = "champion", "challenger"
 
@@ -125,7 +127,8 @@ def start(
     if outbox:  # a file of the run's own: what is left of another run is none of its business
         path = outbox / f"figures-{run_id}.jsonl"
         box = Outbox(path, lambda batch: client.log_batch(run_id, [Metric(*figure) for figure in batch]))
-        box.reached = reached | box.reached
+        for figure, step in reached.items():
+            box.reached[figure] = max(step, box.reached.get(figure, -1))
     try:
         yield Run(client, run_id, artifact_uri, box)
     except (KeyboardInterrupt, SystemExit):
@@ -140,8 +143,21 @@ def start(
     _end(client, run_id, "FINISHED", patience_s())
 
 
-def _continued(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> tuple[str, str, dict[str, int]] | None:
-    """The run with its artifacts' place and the last step of each of its figures; None where MLflow has it no more."""
+def _continued(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> Known | None:
+    """The run as MLflow knows it, None where it has it no more. One that does not answer is not waited for, for its client
+    alone would try again for many minutes.
+    """
+    answers: list[Known | None] = []
+    limit_s = min(CONTINUE_S, patience_s())
+    thread = threading.Thread(target=lambda: answers.append(_ask(client, run_id, tags)), daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if not answers:
+        log.warning("MLflow did not answer for %g s; training goes on, its figures wait on disk", limit_s)
+    return answers[0] if answers else (run_id, "", {})
+
+
+def _ask(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> Known | None:
     try:
         run = client.get_run(run_id)
         if run.info.lifecycle_stage != "active":

@@ -1,6 +1,9 @@
 """Figures on their way to MLflow: all, in order, once; whatever happens to the receiver and to this process."""
 
+import resource
 from pathlib import Path
+
+import pytest
 
 from training.outbox import Figure, Outbox
 
@@ -52,3 +55,37 @@ def test_what_was_not_delivered_is_delivered_by_the_next_process(tmp_path: Path)
     assert third.flush(30)
     assert receiver.steps == [50, 100, 150, 150]
     third.close()
+
+
+def test_a_full_disk_loses_no_figure_of_this_process_and_the_next_one_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, receiver = tmp_path / "figures.jsonl", Receiver()
+    box = Outbox(path, receiver)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, before[1]))  # a line and a half
+    try:
+        for step in range(1, 40):
+            box.put({"loss": 0.5}, step)
+        assert box.flush(30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert receiver.steps == list(range(1, 40))
+    assert caplog.text.count("cannot be written") == 1
+    box.close()
+    next_one = Outbox(path, receiver)
+    next_one.put({"loss": 0.5}, 40)
+    assert next_one.flush(30)
+    assert receiver.steps == list(range(1, 41))
+    next_one.close()
+
+
+def test_a_mark_that_cannot_be_written_ends_no_delivery(tmp_path: Path) -> None:
+    (tmp_path / "figures.jsonl.tmp").mkdir()  # where the mark is written first
+    receiver = Receiver()
+    box = Outbox(tmp_path / "figures.jsonl", receiver)
+    for step in range(1, 3):
+        box.put({"loss": 0.5}, step)
+        assert box.flush(5)
+    assert receiver.steps == [1, 2]
+    box.close()

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -37,7 +38,7 @@ class Progress:
             self.bar = Bar(*columns, TextColumn("{task.fields[figures]}"), console=Console(stderr=True))
             self.task = self.bar.add_task(title, total=total, completed=done, figures="")
         if visible and done:
-            print(f"{title}: resumed after step {done}", file=sys.stderr)
+            _say(f"{title}: resumed after step {done}")
 
     def __enter__(self) -> Self:
         if self.bar:
@@ -64,9 +65,7 @@ class Progress:
                 gauge.labels(*self.labels).set(figures[name])
         if os.environ.get("BIT_LOG_JSON"):
             if self.visible:
-                print(
-                    json.dumps({"training": self.title, "step": steps, "steps": self.total, **figures}), file=sys.stderr
-                )
+                _say(json.dumps({"training": self.title, "step": steps, "steps": self.total, **figures}))
             return
         text = " · ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in figures.items())
         if self.bar:
@@ -74,4 +73,9 @@ class Progress:
         elif self.visible and (time.monotonic() - self.last_line >= LINE_EVERY_S or steps == self.total):
             self.last_line = time.monotonic()
             left_s = (self.total - steps) * (time.monotonic() - self.began) / max(1, steps - self.from_step)
-            print(f"{self.title} {steps}/{self.total} · {text} · {left_s:.0f} s left", file=sys.stderr)
+            _say(f"{self.title} {steps}/{self.total} · {text} · {left_s:.0f} s left")
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # a log on a full disk costs the line, not the training
+        print(line, file=sys.stderr)
