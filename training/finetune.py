@@ -52,12 +52,13 @@ def main(
 
     inputs = packed.inputs | {"data": data.fingerprint, "upstream": weights.sha256}
     params = {STAGE: config.finetune.model_dump(), "hyperrule": asdict(rule), "arch": arch}
+    decides = config.finetune.decisive() | asdict(rule) | inputs | {"arch": arch}
     outputs: dict[str, receipt.Artifact] = {}
     metrics: dict[str, float] = {}
     histories: dict[str, History] = {}
     with (
         distributed.join(config.finetune.timeout_s) as world,
-        attempts.attempt(store.of(tenant), config.finetune, world, fork) as attempt,
+        attempts.attempt(store.of(tenant), config.finetune, world, decides, fork) as attempt,
         tracking.start(
             *(config.tracking_uri, STAGE, tenant, params, inputs),
             active=world.is_main,
@@ -77,7 +78,7 @@ def main(
             histories[start] = fit(
                 *(model, fitted, data, view, world),
                 name=f"{tenant}-{start}",
-                decides=config.finetune.decisive() | asdict(rule) | inputs | {"arch": arch},
+                decides=decides,
                 record=run.metrics if start == TRANSFER else run.metrics_of(SCRATCH),
                 fork=fork,
                 attempt=attempt,

@@ -52,9 +52,10 @@ def _train(config: Config, weights: Path, fork: bool, profile: int, deliver: Cal
     torch.nn.init.constant_(model.head.bias, starting_bias(stage, data.multi_label))
     inputs = packed.inputs | {"data": data.fingerprint}
     params = config.model_dump(include={STAGE, "upstream"})
+    decides = stage.decisive() | {"arch": config.upstream.arch, "data": data.fingerprint}
     with (
         distributed.join(stage.timeout_s) as world,
-        attempts.attempt(store.of("upstream"), stage, world, fork) as attempt,
+        attempts.attempt(store.of("upstream"), stage, world, decides, fork) as attempt,
         tracking.start(
             *(config.tracking_uri, STAGE, None, params, inputs),
             active=world.is_main,
@@ -64,7 +65,6 @@ def _train(config: Config, weights: Path, fork: bool, profile: int, deliver: Cal
     ):
         attempt.bind(run.run_id)
         plan = memory.prepare(model, plan, stage, view.crop, world)
-        decides = stage.decisive() | {"arch": config.upstream.arch, "data": data.fingerprint}
         history = fit(
             *(model, plan, data, view, world),
             name="upstream",

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-<n>` with `state.pt` and, written after it, `meta.json` with the state's sha256: without meta.json
 it was never finished, with a hash that differs it was damaged. The state is copied when `save` is called and written by a
-thread while training goes on. A write that fails is said and left at that: the checkpoint before it stays.
+thread while training goes on. A write that fails is said and left at that: the checkpoint before it stays. When one is written,
+later ones go: they are damaged, or of a training that this one is a fork of.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import io
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_model_state_dict,
-    set_state_dict,
+    set_optimizer_state_dict,
 )
 
 from training.engine.distributed import World
@@ -27,7 +28,7 @@ from training.engine.store import Store
 from training.errors import UserError
 
 META, STATE = "meta.json", "state.pt"
-FULL = StateDictOptions(full_state_dict=True)
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0 alone
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +42,9 @@ class Checkpoints:
 
     decides: name → value of all that decides the mathematics (config, data, upstream weights); keep: how many of the newest
     are kept; keep_every: those of every so many steps are kept too (0: none); fork: where the values differ, start a new
-    training from the weights instead of refusing; history: figure → (step, value), kept with each checkpoint and filled again.
+    training from the weights instead of refusing; history: figure → (step, value), kept with each checkpoint and filled again;
+    skipped: steps in a row, up to the last one, that changed nothing: likewise; patience_s: how long a save waits for the one
+    before, less than ranks wait for each other; resumed: called on rank 0 when the history is filled again.
     """
 
     store: Store
@@ -50,18 +53,36 @@ class Checkpoints:
     keep_every: int = 0
     fork: bool = False
     history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    written: str | None = field(default=None, init=False)  # name of the last one that was
+    skipped: int = 0
+    patience_s: float = 10.0
+    resumed: Callable[[], None] = lambda: None
+    written: str | None = field(default=None, init=False)  # name of the last one that was; known to rank 0
+    _strange: list[str] = field(default_factory=list, init=False)  # names of those that the first one written replaces
+    _left_out: int = field(default=0, init=False)  # since the last write began
     _writer: threading.Thread | None = field(default=None, init=False, repr=False)
 
-    def save(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
-        """Copies the state after `step` optimizer steps and begins to write it. Called by all ranks together."""
+    def save(
+        self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World, last: bool = False
+    ) -> None:
+        """Copies the state after `step` optimizer steps and begins to write it. Called by all ranks together.
+
+        A store slower than the interval holds training up, for `patience_s`; one that hangs costs checkpoints, but for the
+        `last`, which waits for the one before whatever it takes.
+        """
         model_state, optimizer_state = get_state_dict(model, optimizer, options=FULL)
         if not world.is_main:
             return
+        if self._writer and not last:
+            self._writer.join(0 if self._left_out else self.patience_s)
+            if self._writer.is_alive():
+                self._left_out += 1
+                log.warning("%s is slow: checkpoint %s is left out", self.url, name_of(step))
+                return
         state = _copy({"model": model_state, "optimizer": optimizer_state})
-        self.wait()  # a store slower than the interval holds training up rather than fill the memory
+        self.wait()
+        meta = {"step": step, "decides": dict(self.decides), "skipped": self.skipped, "history": self.history}
         self._writer = threading.Thread(
-            target=self._write, args=(step, state, json.dumps(self.history)), name=f"checkpoint-{step}"
+            target=self._write, args=(step, state, json.dumps(meta)), name=f"checkpoint-{step}"
         )
         self._writer.start()
 
@@ -69,29 +90,35 @@ class Checkpoints:
         """Until the last write has ended."""
         if self._writer:
             self._writer.join()
-            self._writer = None
+        self._writer, self._left_out = None, 0
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
         """Loads the newest complete, undamaged checkpoint; returns the number of steps done, 0 where there is none yet.
 
-        Rank 0 reads and shares it. Raises CheckpointError, on every rank, where it is of another training.
+        Rank 0 reads it and sends it tensor by tensor. Raises CheckpointError, on every rank, where it is of another training.
         """
-        meta, data, refusal = world.share(self._newest() if world.is_main else None)
+        meta, data, refusal = self._newest() if world.is_main else (None, b"", "")
+        meta, refusal = world.share((meta, refusal))
         if refusal:
             raise CheckpointError(refusal)
         if meta is None:
             return 0
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state: dict[str, Any] = {"model": {}, "optimizer": {}}
+        if world.is_main:
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.size > 1)
+        set_model_state_dict(model, state["model"], options=sent)
         if meta["decides"] != dict(self.decides):  # a fork
-            set_model_state_dict(model, state["model"], options=FULL)
+            self._strange = self.complete() if world.is_main else []
             return 0
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=sent)
+        self.skipped = int(meta.get("skipped", 0))
         self.history.update(
             {figure: [(int(s), v) for s, v in points] for figure, points in meta.get("history", {}).items()}
         )
+        if world.is_main:
+            self.resumed()
         self.written = name_of(int(meta["step"]))
-        set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FULL
-        )
         return int(meta["step"])
 
     def complete(self) -> list[str]:
@@ -138,18 +165,17 @@ class Checkpoints:
     def url(self) -> str:
         return self.store.url
 
-    def _write(self, step: int, state: dict[str, Any], history: str) -> None:
+    def _write(self, step: int, state: dict[str, Any], meta: str) -> None:
         name, buffer = name_of(step), io.BytesIO()
         try:
             torch.save(state, buffer)
             data = buffer.getbuffer()
-            meta = {"step": step, "sha256": hashlib.sha256(data).hexdigest(), "decides": dict(self.decides)}
-            meta["history"] = json.loads(history)
+            whole = json.loads(meta) | {"sha256": hashlib.sha256(data).hexdigest()}
             self.store.remove(f"{name}/{META}")  # an older attempt at the same step is complete no longer
             self.store.write(f"{name}/{STATE}", data)
-            self.store.write(f"{name}/{META}", json.dumps(meta).encode())
+            self.store.write(f"{name}/{META}", json.dumps(whole).encode())
             self.written = name
-            self._tidy()
+            self._tidy(name)
         except Exception as error:  # a store's client raises its own; none of them may cost the training
             kept = self._last_name()
             log.warning(
@@ -163,7 +189,11 @@ class Checkpoints:
         except Exception:  # for a warning that the store failed: it may fail here too, in its client's own ways
             return "unknown"
 
-    def _tidy(self) -> None:
+    def _tidy(self, newest: str) -> None:
+        for name in self.store.folders():
+            if name.startswith("step-") and (name > newest or (name in self._strange and name != newest)):
+                self.store.remove(name)
+        self._strange = []
         complete = self.complete()
         for name in complete[: -self.keep]:
             if not self.keep_every or int(name.removeprefix("step-")) % self.keep_every:

@@ -66,6 +66,12 @@ def fit(
         for figure, value in figures.items():
             history[figure].append((step, value))
 
+    def resumed() -> None:
+        """Figures that another machine kept and could not deliver any more; those that arrived are left out on the way."""
+        for figure, points in history.items():
+            for step, value in points:
+                record({figure: value}, step)
+
     stream = Stream(
         data.split("train"),
         seed=recipe.seed,
@@ -86,6 +92,7 @@ def fit(
         keep_every=recipe.keep_every,
         fork=fork,
         history=history,
+        resumed=resumed if attempt else lambda: None,
     )
     train(
         model,

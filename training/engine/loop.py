@@ -51,8 +51,9 @@ def train(
 
     log is called with figures and the number of steps done; evaluate every `evaluate_every` steps and at the end. On
     SIGTERM the current step is finished, a checkpoint written and Preempted raised; when the attempt's hours are spent likewise
-    BudgetError. A step whose gradient is not finite or too large changes nothing; raises DivergedError after too many of them
-    in a row, RankError when a rank is lost. The last checkpoint, of the end, stays for the caller to clear.
+    BudgetError. A step whose gradient is not finite or too large changes nothing, and no checkpoint is written after it, for
+    the weights may have gone bad before; raises DivergedError after too many of them in a row, RankError when a rank is lost.
+    The last checkpoint, of the end, stays for the caller to clear.
     """
     num_micro, backend = recipe.num_micro(world.size), world.backend
     model.to(world.device)
@@ -62,7 +63,7 @@ def train(
         parameters, recipe.lr(0), recipe.momentum, recipe.weight_decay, whole=trained is model
     )
     step = done = checkpoints.restore(trained, optimizer, world)
-    wrapped, skipped, load = world.wrap(trained), 0, machine.Load(backend)
+    wrapped, skipped, load = world.wrap(trained), checkpoints.skipped, machine.Load(backend)
     with (
         world.at(lambda: step),
         Progress(title, recipe.steps, done, world.is_main) as progress,
@@ -96,19 +97,23 @@ def train(
             else:
                 skipped += 1
                 loss_sum = loss_before
-                _skip(skipped, norm, steps, lr, recipe, checkpoints)
+                _skip(skipped, norm, steps, lr, recipe, checkpoints, world)
+            checkpoints.skipped = skipped
             backend.finish_step()
+            wish = world.max(OVER if attempt and attempt.is_over else STOP if stop.is_set else GO_ON)
+            stops = wish != GO_ON and steps < recipe.steps
             due = steps % recipe.evaluate_every == 0 or steps == recipe.steps
             if due or steps % progress.log_every == 0:
-                elapsed, count = time.perf_counter() - began, counted * recipe.global_batch
-                mean_loss = float(world.sum(loss_sum)) / max(1, count)
-                figures = {
-                    "loss": mean_loss,
-                    "lr": lr,
-                    "pictures_per_s": count / elapsed,
-                    "data_wait": waited / elapsed,
-                }
-                if due:
+                figures = {}
+                if counted:
+                    elapsed, count = time.perf_counter() - began, counted * recipe.global_batch
+                    figures = {
+                        "loss": float(world.sum(loss_sum)) / count,
+                        "lr": lr,
+                        "pictures_per_s": count / elapsed,
+                        "data_wait": waited / elapsed,
+                    }
+                if due and not stops:  # who must go has no time
                     world.gather(trained, model)
                     figures |= {f"test_{name}": value for name, value in evaluate().items()}
                     wrapped.train()
@@ -120,10 +125,10 @@ def train(
             profiled.step()
             if attempt:
                 attempt.reached(steps, recipe.steps)
-            wish = world.max(OVER if attempt and attempt.is_over else STOP if stop.is_set else GO_ON)
-            if wish or steps % recipe.checkpoint_every == 0 or steps == recipe.steps:
-                checkpoints.save(steps, trained, optimizer, world)
-            if wish and steps < recipe.steps:
+            last = stops or steps == recipe.steps
+            if last or (steps % recipe.checkpoint_every == 0 and not skipped):
+                checkpoints.save(steps, trained, optimizer, world, last)
+            if stops:
                 checkpoints.wait()
                 if wish == OVER:
                     assert attempt is not None
@@ -133,7 +138,9 @@ def train(
     checkpoints.wait()
 
 
-def _skip(skipped: int, norm: float, steps: int, lr: float, recipe: Recipe, checkpoints: Checkpoints) -> None:
+def _skip(
+    skipped: int, norm: float, steps: int, lr: float, recipe: Recipe, checkpoints: Checkpoints, world: World
+) -> None:
     """Says that a step was skipped; raises DivergedError when it was one too many."""
     limit = f", max_grad_norm is {recipe.max_grad_norm:g}" if recipe.max_grad_norm else ""
     said = f"the gradient's norm is {norm:g} in step {steps} (lr {lr:g}{limit})"
@@ -141,6 +148,6 @@ def _skip(skipped: int, norm: float, steps: int, lr: float, recipe: Recipe, chec
         checkpoints.wait()
         raise DivergedError(
             f"{said}, {skipped} such steps in a row; max_skipped_steps is {recipe.max_skipped_steps}. Lower lr; the last "
-            f"good checkpoint is {checkpoints.written or 'none yet'} in {checkpoints.url}."
+            f"good checkpoint is {world.share(checkpoints.written) or 'none yet'} in {checkpoints.url}."
         )
     logger.warning("%s: the step is skipped (%d of at most %d in a row)", said, skipped, recipe.max_skipped_steps)

@@ -1,5 +1,6 @@
 """`--profile N`: torch's profiler over N steps, after two that warm up; the trace is for chrome://tracing or Perfetto."""
 
+import logging
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -8,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 WARM_UP = 2
+log = logging.getLogger(__name__)
 
 
 class Profile:
@@ -16,6 +18,7 @@ class Profile:
     def __init__(self, path: Path, steps: int) -> None:
         self.path, self.steps = path, steps
         self._profiler: profile | None = None
+        self._left = steps + WARM_UP
 
     @classmethod
     def none(cls) -> "Profile":
@@ -40,7 +43,13 @@ class Profile:
     def step(self) -> None:
         if self._profiler:
             self._profiler.step()
+            self._left -= 1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._profiler:
             self._profiler.stop()
+            if self._left > 0 and kind is None:
+                log.warning(
+                    "--profile %d takes %d steps, %d of them to warm up, and %d were left to do: there is no whole trace",
+                    *(self.steps, self.steps + WARM_UP, WARM_UP, self.steps + WARM_UP - self._left),
+                )

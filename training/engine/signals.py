@@ -1,7 +1,7 @@
-"""SIGTERM, the cluster's word that a pod must go: noted here, obeyed by the loop between two steps.
+"""SIGTERM, the cluster's word that a pod must go: obeyed by the loop between two steps, outside the loop at once.
 
-The grace that it takes is one step, an evaluation where one is due, and the writing of one checkpoint; the message says how long
-it was.
+The grace that the loop takes is one step and the writing of one checkpoint (with what runs already when it comes); the message
+says how long it was.
 """
 
 import signal
@@ -13,11 +13,21 @@ from types import FrameType
 EXIT_PREEMPTED = 143  # 128 + SIGTERM, what schedulers expect of a process that obeyed it
 
 
-class Preempted(SystemExit):
-    """Training stopped on request; the process ends with 143. `written` is the newest checkpoint, `whole`: it is of this step."""
+class Stopped(SystemExit):
+    """Training stopped on request; the process ends with 143."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_PREEMPTED)
+
+    def __str__(self) -> str:
+        return "stopped by SIGTERM before or after the steps of training; start again to go on from the last checkpoint"
+
+
+class Preempted(Stopped):
+    """Stopped between two steps. `written` is the newest checkpoint, `whole`: it is of this step."""
 
     def __init__(self, step: int, seconds: float, written: str | None, whole: bool) -> None:
-        super().__init__(EXIT_PREEMPTED)
+        super().__init__()
         self.step, self.seconds, self.written, self.whole = step, seconds, written, whole
 
     def __str__(self) -> str:
@@ -51,5 +61,19 @@ def stop_on_sigterm() -> Iterator[StopFlag]:
     before = signal.signal(signal.SIGTERM, flag.set)
     try:
         yield flag
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises Stopped while the context lasts; the handler from before comes back at its end."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)

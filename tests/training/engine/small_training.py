@@ -3,7 +3,8 @@
     python -m tests.training.engine.small_training DATASET WEIGHTS STEPS NAME [micro_batch] [sharding]
 
 Writes the weights to WEIGHTS; prints one line per recorded step. FUSED=1: by the fused operations; TROUBLE=step:rank:what
-makes that rank end in that step: what is a signal's name, or `raise`.
+makes that rank end in that step: what is a signal's name, or `raise`. SLOW_WHILE=file: steps are slow while the file is there;
+HEAD=1: only the head is trained; FORK=1: with --fork.
 """
 
 import os
@@ -30,8 +31,9 @@ def lr(step: int) -> float:
             if what == "raise":
                 raise ArithmeticError("out of paint")
             os.kill(os.getpid(), signal.Signals[what])
-    time.sleep(float(os.environ.get("SLOW_S", 0)))
-    return 3e-4 * min(1.0, step / 6)
+    if Path(os.environ.get("SLOW_WHILE", "")).is_file():
+        time.sleep(0.4)
+    return float(os.environ.get("LR", 3e-4)) * min(1.0, step / 6)
 
 
 def recipe(steps: int, micro_batch: int | None = None, mixup_alpha: float = 0.2, sharding: Sharding = "none") -> Recipe:
@@ -56,10 +58,15 @@ def main(dataset: str, weights: str, steps: str, name: str, micro_batch: str = "
     torch.manual_seed(0)
     data = Dataset.open(dataset)
     model = zoo.create("R14x0.5", data.num_classes)
+    if "HEAD" in os.environ:
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(key.startswith("head."))
     stage = PretrainConfig(fused="FUSED" in os.environ)
+    decides = {"data": data.fingerprint, "lr": os.environ.get("LR", "3e-4")}
+    fork = "FORK" in os.environ
     with (
         distributed.join(int(os.environ.get("TIMEOUT_S", 60))) as world,
-        attempts.attempt(store.of(name), stage, world) as attempt,
+        attempts.attempt(store.of(name), stage, world, decides, fork) as attempt,
     ):
         print(f"ranks {world.size}", flush=True)
         wanted = recipe(int(steps), int(micro_batch) if micro_batch else None, sharding=sharding)
@@ -72,7 +79,8 @@ def main(dataset: str, weights: str, steps: str, name: str, micro_batch: str = "
             world,
             name=name,
             attempt=attempt,
-            decides={"data": data.fingerprint},
+            decides=decides,
+            fork=fork,
             record=lambda figures, step: print(f"recorded {step}", flush=True),
         )
         if world.is_main:

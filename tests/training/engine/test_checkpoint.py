@@ -2,6 +2,7 @@
 
 import logging
 import resource
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +105,27 @@ def test_another_training_is_refused_with_both_values_unless_forked(store: Store
     assert Trained().restored(Checkpoints(store, changed, fork=True)) == (0, 3.0)
 
 
+def test_a_fork_keeps_its_own_checkpoints_and_goes_on_from_them(store: Store) -> None:
+    Trained().save(Checkpoints(store, {"lr": "0.1"}, keep=3, keep_every=6), 3, 6, 9)
+    fork = Checkpoints(store, {"lr": "0.2"}, fork=True)
+    assert Trained().restored(fork) == (0, 9.0)
+    Trained().save(fork, 4)
+    assert fork.complete() == ["step-00000004"]  # step 3 is of the other training
+    Trained().save(fork, 8)
+    assert fork.complete() == ["step-00000004", "step-00000008"]
+    again = Checkpoints(store, {"lr": "0.2"}, fork=True)  # a container that starts anew repeats its command
+    assert Trained().restored(again) == (8, 8.0)
+
+
+def test_the_only_one_kept_outlives_a_damaged_later_one(store: Store) -> None:
+    checkpoints = Checkpoints(store, {}, keep=1)
+    Trained().save(checkpoints, 6)
+    store.write("step-00000006/state.pt", b"damaged")
+    assert Trained().restored(checkpoints)[0] == 0
+    Trained().save(checkpoints, 3)
+    assert Trained().restored(checkpoints) == (3, 3.0)
+
+
 def test_a_sharded_network_is_forked_too(tmp_path: Path) -> None:
     Trained().save(Checkpoints(Store(str(tmp_path)), {"lr": "0.1"}), 3)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -134,6 +156,31 @@ def test_a_full_disk_fails_the_write_and_not_the_training(tmp_path: Path, caplog
     assert trained.restored(checkpoints) == (3, 3.0)
     trained.save(checkpoints, 9)  # there is room again
     assert trained.restored(checkpoints) == (9, 9.0)
+
+
+class Hanging(Store):
+    """Takes nothing until it is told to."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.works = threading.Event()
+
+    def write(self, name: str, data: bytes | memoryview) -> None:
+        self.works.wait(30)
+        super().write(name, data)
+
+
+def test_a_store_that_hangs_holds_no_step_up_but_the_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, trained = Hanging(str(tmp_path)), Trained()
+    checkpoints = Checkpoints(store, {}, patience_s=0.1)
+    for step in (3, 6, 9):
+        checkpoints.save(step, trained.model, trained.optimizer, WORLD)
+    assert "step-00000006 is left out" in caplog.text
+    assert "step-00000009 is left out" in caplog.text
+    threading.Timer(0.2, store.works.set).start()
+    checkpoints.save(12, trained.model, trained.optimizer, WORLD, last=True)
+    checkpoints.wait()
+    assert checkpoints.complete() == ["step-00000003", "step-00000012"]
 
 
 def test_nothing_is_restored_where_nothing_was_written(store: Store, caplog: pytest.LogCaptureFixture) -> None:
