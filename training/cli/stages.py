@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from functools import partial
 from importlib import import_module
 from typing import Annotated, Any
@@ -76,15 +77,21 @@ def finetune(
     if (tenant is None) != all_tenants:
         raise ConfigError(f"name one tenant or give --all. Choices: {', '.join(tenants()) or 'none yet'}.")
     _speak_json(log_json)
-    failed: dict[str, UserError] = {}
+    failed: dict[str, Exception] = {}
     for name in tenants() if all_tenants else [str(tenant)]:
         try:
             stage("finetune", load(tenant=name, overrides=overrides or ()), name, fork=fork, profile=profile)
-        except UserError as error:
-            if not all_tenants:
+        except Exception as error:
+            from training.engine.distributed import RankError  # only now: torch takes seconds
+
+            gone = isinstance(error, RankError) and error.silent  # that rank would not come for the next tenant either
+            if gone or not all_tenants:
                 raise
             failed[name] = error
-            print(f"bit: {name}: {error}", file=sys.stderr)
+            if isinstance(error, UserError):
+                print(f"bit: {name}: {error}", file=sys.stderr)
+            else:
+                traceback.print_exception(error)
     if failed:
         raise ConfigError(
             f"{len(failed)} of {len(tenants())} tenants failed: {', '.join(failed)}; the others are done."

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training.config import Sharding
 from training.engine import backends
+from training.engine.signals import stop_on_sigterm
 
 SILENCE_S = 5.0  # how long a rank waits for the others to say why they fail
 TIMEOUT_S = 600  # a collective that waits longer has lost a rank: better an error than a hang
@@ -33,7 +35,14 @@ class LostError(RuntimeError):
 
 
 class RankError(RuntimeError):
-    """Ranks could not agree any more; names the rank that says so, the step and the cause. The launcher starts them anew."""
+    """Ranks could not agree any more; names the rank that says so, the step and the cause. The launcher starts them anew.
+
+    silent: whether a rank is gone without a word, rather than failed by an error of its own.
+    """
+
+    def __init__(self, said: str, silent: bool) -> None:
+        super().__init__(said)
+        self.silent = silent
 
 
 @dataclass(frozen=True)
@@ -87,25 +96,29 @@ class World:
             yield
 
     @contextmanager
-    def at(self, step: Callable[[], int]) -> Iterator[None]:
+    def at(self, step: Callable[[], int] | None = None) -> Iterator[None]:
         """Names rank, step and cause where a rank fails inside: RankError on the others, its own error on the rank itself.
 
-        step: tells the current one, counted from 0.
+        step: tells the current one, counted from 0; None: this is before or after the steps.
         """
         try:
             yield
+        except RankError:
+            raise
         except Exception as error:
             if self.size == 1:
                 raise
             lost = isinstance(error, dist.DistError | LostError) or (
                 isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
             )
+            where = f"in step {step() + 1}" if step else "before or after the steps"
             if not lost:
-                _tell(self.rank, f"{type(error).__name__} in step {step() + 1}: {error}")
+                _tell(self.rank, f"{type(error).__name__} {where}: {error}")
                 raise
-            said = _causes(self.rank, self.size)
+            with stop_on_sigterm():  # the launcher, which ends all ranks, lets this one say why
+                said, silent = _causes(self.rank, self.size)
             raise RankError(
-                f"rank {self.rank} of {self.size} lost another rank in step {step() + 1}: {said} ({error})"
+                f"rank {self.rank} of {self.size} lost another rank {where}: {said} ({error})", silent
             ) from error
 
     def share(self, value: Any) -> Any:
@@ -151,24 +164,43 @@ def join(timeout_s: int = TIMEOUT_S) -> Iterator[World]:
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     backend = backends.here()
-    if size > 1:
-        address = "xla://" if backend.group == "xla" else None
-        dist.init_process_group(backend.group, init_method=address, timeout=timedelta(seconds=timeout_s))
+    world, wait = World(rank, size, backend.device), timedelta(seconds=timeout_s)
     try:
-        yield World(rank, size, backend.device)
+        with world.at():
+            if size > 1 and backend.group == "xla":
+                dist.init_process_group("xla", init_method="xla://", timeout=wait)
+            elif size > 1:
+                # A prefix of its own: under the first world's names a second one would find the first one's addresses.
+                store = dist.PrefixStore(f"world-{next(_worlds)}", _store(wait))
+                dist.init_process_group(backend.group, store=store, rank=rank, world_size=size, timeout=wait)
+            yield world
     finally:
-        if size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
+_worlds = count()  # all ranks join equally often
+_stores: list[dist.Store] = []
+
+
+def _store(timeout: timedelta) -> dist.Store:
+    """The store by which the ranks find each other: one for all worlds of this process, for rank 0 may hold it."""
+    if not _stores:
+        _stores.append(next(iter(dist.rendezvous("env://", timeout=timeout)))[0])
+    _stores[0].set_timeout(timeout)
+    return _stores[0]
+
+
 def _tell(rank: int, cause: str) -> None:
-    """Leaves why this rank fails where the others look for it."""
+    """Leaves why this rank fails where the others look for it; the first word counts."""
     with contextlib.suppress(Exception):  # the rank's own error is what counts
-        dist.distributed_c10d._get_default_store().set(f"failed/{rank}", cause[:2_000])
+        store = dist.distributed_c10d._get_default_store()
+        if not store.check([f"failed/{rank}"]):
+            store.set(f"failed/{rank}", cause[:2_000])
 
 
-def _causes(rank: int, size: int) -> str:
-    """What the other ranks told, and which of them are silent, after a moment's wait."""
+def _causes(rank: int, size: int) -> tuple[str, bool]:
+    """What the other ranks told, after a moment's wait, and whether any of them told nothing."""
     words: dict[int, str] = {}
     others = [other for other in range(size) if other != rank]
     try:
@@ -183,6 +215,6 @@ def _causes(rank: int, size: int) -> str:
                     words[other] = ""
             time.sleep(0.05)
     except Exception:  # the store went with the rank that held it
-        return "it took the ranks' common store along"
+        return "the ranks' common store is gone with it", True
     silent = [f"rank {other} is silent (killed, or its machine is gone)" for other in others if other not in words]
-    return "; ".join([*filter(None, words.values()), *silent]) or "no rank says why"
+    return "; ".join([*filter(None, words.values()), *silent]) or "no rank says why", bool(silent)
