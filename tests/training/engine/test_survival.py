@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def stopped(folder: Path, dataset: Dataset, ranks: int, trouble: str, sharding: 
     done = subprocess.run(
         [sys.executable, *launcher, "-m", MODULE, *arguments],
         cwd=folder,
-        env=environment() | {"TROUBLE": trouble},
+        env=environment() | {"TROUBLE": trouble, "TIMEOUT_S": "20", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"},
         capture_output=True,
         text=True,
         timeout=400,
@@ -82,6 +83,7 @@ def test_fused_operations_give_the_same_weights_on_two_ranks(
     ("trouble", "said"),
     [
         ("6:1:SIGKILL", "rank 1 is silent"),
+        ("6:1:SIGSTOP", "rank 1 is silent"),  # alive, but not for the others
         ("6:1:raise", "rank 1 failed with ArithmeticError in step 7: out of paint"),
     ],
 )
@@ -97,14 +99,28 @@ def test_a_lost_rank_is_named_with_its_step_and_cause(
     assert largest_difference(straight, continued) < 1e-5
 
 
+def kill(agent: subprocess.Popen[bytes]) -> None:
+    """A node's end: torchrun and its workers, which lead sessions of their own and would go on without it."""
+    if agent.poll() is not None:
+        return
+    children = Path(f"/proc/{agent.pid}/task").glob("*/children")
+    workers = [int(pid) for task in children for pid in task.read_text().split()]
+    for group in (*workers, agent.pid):
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    agent.wait()
+
+
 def test_membership_may_change_while_training_goes_on(tmp_path: Path, dataset: Dataset) -> None:
     """Nodes: two, one, two again: the second one is killed with all its processes, and comes back."""
-    steps, port, told = "300", free_port(), tmp_path / "first.log"
+    steps, port, told, slow = "300", free_port(), tmp_path / "first.log", tmp_path / "slow"
+    slow.touch()
     launcher = ["-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "20"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-id", "x", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     launcher += ["--rdzv-conf", "last_call_timeout=1,join_timeout=300"]
     command = [sys.executable, *launcher, "-m", MODULE, dataset.url, str(tmp_path / "elastic.npz"), steps, "elastic"]
-    environ = environment() | {"SLOW_S": "0.1"}
+    # Head only: what is convex does not blow roundings up. Without the last variable rank 0 tells its address only once.
+    environ = environment() | {"HEAD": "1", "SLOW_WHILE": str(slow), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
     def node(log: Path) -> subprocess.Popen[bytes]:
         with log.open("wb") as file:
@@ -133,22 +149,20 @@ def test_membership_may_change_while_training_goes_on(tmp_path: Path, dataset: D
     second = node(tmp_path / "second.log")
     try:
         goes_on_with(2)
-        os.killpg(second.pid, signal.SIGKILL)
-        second.wait()
+        kill(second)
         goes_on_with(1)
         second = node(tmp_path / "second-again.log")
         goes_on_with(2)
+        slow.unlink()
         assert first.wait(timeout=400) == 0, told.read_text()[-3_000:]
     finally:
         for each in (first, second):
-            if each.poll() is None:
-                os.killpg(each.pid, signal.SIGKILL)
-            each.wait()
+            kill(each)
     command = [sys.executable, "-m", MODULE, dataset.url, str(tmp_path / "straight.npz"), steps, "straight"]
-    subprocess.run(command, cwd=tmp_path, env=environment(), check=True, capture_output=True, timeout=400)
+    subprocess.run(command, cwd=tmp_path, env=environ, check=True, capture_output=True, timeout=400)
     with np.load(tmp_path / "straight.npz") as straight, np.load(tmp_path / "elastic.npz") as elastic:
         difference = largest_difference(dict(straight), dict(elastic))
-    assert difference < 1e-3  # a lost or repeated example shows as 1e-2 and more; 400 steps add up roundings
+    assert difference < 1e-6  # 5.6e-9 for two ranks instead of one; a step less makes 4e-4
 
 
 def test_mlflow_may_go_away_and_gets_all_figures_in_order_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
