@@ -1,6 +1,7 @@
 """Once for real: the training image in real pods on a real node, under Pod Security restricted; a pod is deleted on the way."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -66,6 +67,11 @@ def shared(node: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def drawn() -> int:
+    """A seed that no job on this node has had: a test that is tried again is not to meet its earlier job."""
+    return secrets.randbelow(2**31)
+
+
 def uid_of(node: Cluster, pod: str) -> str | None:
     found = node.get("pods", "-n", "bit", "--field-selector", f"metadata.name={pod}")["items"]
     return found[0]["metadata"]["uid"] if found else None
@@ -120,7 +126,7 @@ def test_two_real_workers_train_through_the_loss_of_a_pod(
     with mlflow_server(tmp_path / "mlflow") as (here, there):
         cluster = {"image": image, "tracking_uri": there, "remote": str(shared / "dvc"), "pretrain": PODS}
         root = project(
-            template, tmp_path / "p", shared / "store", seed=0, pretrain=STEPS, cluster=cluster, tracking_uri=here
+            template, tmp_path / "p", shared / "store", seed=drawn(), pretrain=STEPS, cluster=cluster, tracking_uri=here
         )
         edit(root, partial(mount, shared))
         submit = Command(root, node, tmp_path / "submit.log", "-m", "training", "submit", "pretrain")
@@ -153,7 +159,7 @@ def test_a_container_that_is_killed_for_memory_is_told_with_what_would_fit(
 ) -> None:
     small = PODS | {"workers": 1, "memory": "150Mi"}  # less than torch alone
     cluster = {"image": image, "remote": str(shared / "dvc"), "pretrain": small}
-    root = project(template, tmp_path / "p", shared / "store", seed=9, cluster=cluster)
+    root = project(template, tmp_path / "p", shared / "store", seed=drawn(), cluster=cluster)
     edit(root, partial(mount, shared))
     edit(root, lambda job: job["spec"]["runPolicy"].update(backoffLimit=1))
     said = bit(root, node, "submit", "pretrain", status=137)
