@@ -18,6 +18,7 @@ from training import receipt
 from training.cluster.manifests import ManifestError, Object, Order, check, read, render
 from training.cluster.orders import order
 from training.config import ClusterConfig, Config, FinetuneConfig, NodesConfig
+from training.data.dataset import Dataset
 
 ROOT = K8S.parent
 IMAGE = f"x@sha256:{'1' * 64}"
@@ -350,23 +351,15 @@ def test_the_command_at_a_files_head_names_the_namespace(path: Path) -> None:
 
 
 def test_packing_runs_as_an_indexed_job_and_its_command_packs(prepared: Cluster, tmp_path: Path) -> None:
-    claim = {"accessModes": ["ReadOnlyMany"], "resources": {"requests": {"storage": "1Gi"}}, "volumeName": "pictures"}
-    volume = {
-        "accessModes": ["ReadOnlyMany"],
-        "capacity": {"storage": "1Gi"},
-        "hostPath": {"path": "/nowhere"},
-        "claimRef": {"namespace": "bit", "name": "bit-pictures"},
-    }
-    objects = [
-        {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "pictures"}, "spec": volume},
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolumeClaim",
-            "metadata": {"name": "bit-pictures", "namespace": "bit"},
-            "spec": claim | {"storageClassName": ""},
-        },
-    ]
-    prepared.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump_all(objects))
+    [claim, config_map, job] = yaml.safe_load_all((K8S / "pack.yaml").read_text())
+    pictures = claim | {"metadata": {"name": "bit-pictures", "namespace": "bit"}}
+    volumes = [
+        {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}, "spec": {
+            "accessModes": claim["spec"]["accessModes"], "capacity": claim["spec"]["resources"]["requests"],
+            "hostPath": {"path": "/nowhere"}, "claimRef": {"namespace": "bit", "name": f"bit-{name}"},
+        }} for name in ("pictures", "packed")
+    ]  # fmt: skip
+    prepared.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump_all([pictures, *volumes]))
     said = prepared.kubectl("apply", "--server-side", "-n", "bit", "-f", str(K8S / "pack.yaml"))
     assert "violate PodSecurity" not in said
 
@@ -374,7 +367,6 @@ def test_packing_runs_as_an_indexed_job_and_its_command_packs(prepared: Cluster,
         return prepared.get("pods", "-n", "bit", "-l", "batch.kubernetes.io/job-name=bit-pack")["items"]
 
     wait_for(lambda: len(pods()) == 16 and all(pod["spec"].get("nodeName") for pod in pods()))
-    [config_map, job] = yaml.safe_load_all((K8S / "pack.yaml").read_text())
     [container] = job["spec"]["template"]["spec"]["containers"]
     draw_folder(tmp_path / "pictures")
     values = yaml.safe_load(config_map["data"]["params.yaml"]) | {"tracking_uri": "sqlite:///.mlflow/mlflow.db"}
@@ -382,8 +374,11 @@ def test_packing_runs_as_an_indexed_job_and_its_command_packs(prepared: Cluster,
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "BIT_PARTS": "2"}
+    environment["BIT_REMOTE"] = f"file://{tmp_path}/remote"
     for index in ("0", "1"):
         given = environment | {"JOB_COMPLETION_INDEX": index}
         subprocess.run(container["command"], cwd=tmp_path, env=given, check=True, timeout=120)
-    assert (tmp_path / "runs" / "pack" / "upstream" / "receipt.json").is_file()
+    made = receipt.Receipt.model_validate_json((tmp_path / "runs" / "pack" / "upstream" / receipt.FILE).read_text())
+    assert made.outputs["dataset"].uri.startswith(environment["BIT_REMOTE"])
+    assert Dataset.open(made.outputs["dataset"].uri).fingerprint == made.outputs["dataset"].sha256
     prepared.kubectl("delete", "-n", "bit", "job", "bit-pack")
