@@ -1,7 +1,6 @@
 """Once for real: the training image in real pods on a real node, under Pod Security restricted; a pod is deleted on the way."""
 
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -17,7 +16,7 @@ import yaml
 
 from tests import clusters
 from tests.cluster.conftest import K8S
-from tests.cluster.projects import Command, bit, edit, fresh, project, receipt
+from tests.cluster.projects import Command, bit, drawn, edit, fresh, project, receipt
 from tests.clusters import Cluster, wait_for
 from tests.images import build
 from training import tracking
@@ -65,11 +64,6 @@ def shared(node: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     volume = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "shared"}, "spec": spec}
     node.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump(volume))
     return folder
-
-
-def drawn() -> int:
-    """A seed that no job on this node has had: a test that is tried again is not to meet its earlier job."""
-    return secrets.randbelow(2**31)
 
 
 def uid_of(node: Cluster, pod: str) -> str | None:
