@@ -67,7 +67,9 @@ class Session:
     def check_golden(self) -> float:
         """Answers the pictures inside the export; returns the largest difference. Raises Refused above the tolerance."""
         if not self.card.golden:
-            raise Refused("the export has no golden pictures, so nobody can tell whether it answers as it did in training")
+            raise Refused(
+                "the export has no golden pictures, so nobody can tell whether it answers as it did in training"
+            )
         worst = 0.0
         for golden in self.card.golden:
             pixels = preprocess.pixels(base64.b64decode(golden["picture"]), self.card.resolution)
