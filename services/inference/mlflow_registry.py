@@ -39,15 +39,16 @@ class MLflowRegistry:
 
     def poll(self) -> set[Wanted]:
         """Raises RegistryDown also for an answer that isn't MLflow's, and where all aliases vanished at once, at first."""
+        empty_since, self._empty_since = self._empty_since, None  # an answer that fails, or shows some, begins anew
         try:
             wanted = self._aliases()
         except (Refused, KeyError, TypeError, AttributeError) as error:
             raise RegistryDown(f"what answers at {self.http.base_url} is no registry of MLflow: {error!r}") from error
         if wanted:
-            self._had_some, self._empty_since = True, None
+            self._had_some = True
         elif self._had_some or self.cache.remembered():
             now = time.monotonic()
-            self._empty_since = self._empty_since or now
+            self._empty_since = empty_since or now
             if now - self._empty_since < self.believe_empty_s:
                 raise RegistryDown(
                     "MLflow shows no alias any more, of any model: is the database another one, may the account still read? "

@@ -1,6 +1,7 @@
 """Following MLflow's registry when it, or what lies before it, misbehaves: a real server, behind a proxy that can lie."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,6 +153,14 @@ def test_a_registry_that_is_suddenly_empty_is_not_believed_at_once(
     gone = pytest.raises(RegistryDown, match="no alias any more")
     with following(registry_at(uri_of(store))) as restarted, gone:  # knows from its cache that there was something
         restarted.look()
+    with proxy(uri_of(store)) as between:
+        registry = registry_at(between.uri, believe_empty_s=0.5)
+        for lie in (None, Lie(503), None):  # empty, away for longer than that, empty again: a database being restored
+            between.lie = lie
+            with pytest.raises(RegistryDown, match="503" if lie else "no alias any more"):
+                registry.poll()
+            time.sleep(0.3)
+        registry.http.close()
     with following(registry_at(uri_of(store), believe_empty_s=0)) as patient:
         patient.look()
         assert served(patient) == []
