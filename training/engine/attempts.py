@@ -180,15 +180,15 @@ def attempt(
             f"{store.url} stay. See why it failed, then raise max_failures or remove {store.url}/{FILE}."
         )
     me = Attempt(store, stage, world.is_main, record)
-    me.note(
-        state="running",
-        attempts=record.attempts + 1,
-        host=platform.node(),
-        pid=os.getpid(),
-        since=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
     try:
         with exit_on_sigterm():
+            me.note(
+                state="running",
+                attempts=record.attempts + 1,
+                host=platform.node(),
+                pid=os.getpid(),
+                since=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
             yield me
     except Stopped as stopped:
         me.note(state="stopped")
