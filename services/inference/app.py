@@ -248,17 +248,12 @@ class App:
         return orjson.dumps(told, option=orjson.OPT_SERIALIZE_NUMPY)
 
     async def _infer(self, exchange: Exchange, body: bytes) -> tuple[bytes, Headers]:
-        length = exchange.headers.get(b"inference-header-content-length")
-        if length is not None and not length.isdigit():
-            raise BadRequest("Inference-Header-Content-Length must be a number")
-        served = exchange.version
-        parts = (body, int(length) if length else None, served.session.card.resolution)
-        if len(body) > LONG_BODY and not length:  # megabytes of JSON would hold up everybody else
+        length, served, given = exchange.json_length(), exchange.version, self.settings
+        parts = (body, length, served.session.card.resolution, given.max_pictures, given.max_json_bytes)
+        if (len(body) if length is None else length) > LONG_BODY:  # long JSON would hold up everybody else
             request = await asyncio.to_thread(protocol.parse, *parts)
         else:
             request = protocol.parse(*parts)
-        if len(request.data) > self.settings.max_pictures:
-            raise BadRequest(f"{len(request.data)} pictures; at most {self.settings.max_pictures} are answered at once")
         rows = await self._run(exchange, request.data, request.outputs)
         data, json_length = protocol.render(served, exchange.name, request, rows)
         if json_length is None:

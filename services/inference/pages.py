@@ -87,7 +87,7 @@ class Pages:
 
     async def model(self, request: Request) -> Response:
         served, name = await self._served(request)
-        told = protocol.metadata(served, name, self._aliases(served))
+        told = protocol.metadata(served, name, self._aliases(served), self._versions(served, name))
         told["parameters"]["refused"] = [r for r in self._refusals() if r["tenant"] == served.tenant]
         return JSONResponse(told)
 
@@ -189,6 +189,14 @@ class Pages:
 
     def _aliases(self, served: Served) -> list[str]:
         return [w.alias for w in self.models.aliases(served.tenant) if w.version == served.version]
+
+    def _versions(self, served: Served, name: str) -> list[str]:
+        """What can be addressed under the name: the asked one first, those that aliases have, those still in memory."""
+        if "@" in name:
+            return [served.version]
+        pointed = [wanted.version for wanted in self.models.aliases(served.tenant)]
+        warm = [one.version for one in self.models.all() if one.tenant == served.tenant]
+        return list(dict.fromkeys([served.version, *pointed, *warm]))
 
     def _told(self, wanted: Wanted) -> dict[str, Any]:
         served = self.models.get(wanted.tenant, wanted.version)

@@ -163,7 +163,14 @@ def test_why_tenants_wait_and_fail_is_told_for_all_of_them(
 
     def killed(times: int) -> None:
         ended = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
-        told = {"name": "pytorch", "image": "x", "imageID": "", "ready": True, "restartCount": times, "lastState": ended}
+        told = {
+            "name": "pytorch",
+            "image": "x",
+            "imageID": "",
+            "ready": True,
+            "restartCount": times,
+            "lastState": ended,
+        }
         running = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
         status("pod", f"{a}-worker-0", {"phase": "Running", "containerStatuses": [told | {"state": running}]})
 
@@ -177,7 +184,11 @@ def test_why_tenants_wait_and_fail_is_told_for_all_of_them(
     )
     resume = json.dumps({"spec": {"runPolicy": {"suspend": False}}})
     prepared.kubectl("patch", "-n", "bit", "--type=merge", "-p", resume, f"pytorchjob/{a}", f"pytorchjob/{b}")
-    wait_for(lambda: says(f"{a}: no node of the pool gke-nodepool=cpu has enough cpu (asks for 900) free", "; 1 more like it"))
+    wait_for(
+        lambda: says(
+            f"{a}: no node of the pool gke-nodepool=cpu has enough cpu (asks for 900) free", "; 1 more like it"
+        )
+    )
     killed(1)
     wait_for(lambda: says(f"{a}: started again 1 time; killed for memory (OOMKilled)"))
     killed(100)  # more than backoffLimit: the operator gives up, and takes the pod away

@@ -260,9 +260,7 @@ def test_an_invalid_edit_is_refused_before_it_reaches_the_cluster(
     (tmp_path / "k8s").mkdir()
     (tmp_path / "k8s" / "pretrain.yaml").write_text(yaml.safe_dump_all([config_map, job]))
     with pytest.raises(ManifestError, match=said):
-        render(
-            Order("bit-pretrain-1", "pretrain", None, {}), ClusterConfig(image=IMAGE, store="s3://b"), tmp_path
-        )
+        render(Order("bit-pretrain-1", "pretrain", None, {}), ClusterConfig(image=IMAGE, store="s3://b"), tmp_path)
 
 
 def test_what_is_rendered_says_what_the_order_and_the_cluster_say() -> None:
@@ -318,7 +316,10 @@ def test_trainings_of_one_tenant_share_checkpoints_only_where_they_lead_to_the_s
     ("given", "said"),
     [
         ({"store": "s3://b"}, "cluster.image is not set"),
-        ({"image": "registry.example.com/x:1.0", "store": "s3://b"}, "cluster.image='registry.example.com/x:1.0' is not named"),
+        (
+            {"image": "registry.example.com/x:1.0", "store": "s3://b"},
+            "cluster.image='registry.example.com/x:1.0' is not named",
+        ),
         ({"image": IMAGE}, "cluster.store is not set"),
     ],
 )

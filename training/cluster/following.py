@@ -142,7 +142,9 @@ def _look(every: Jobs, jobs: dict[str, Object], ends: dict[str, list[Object]]) -
             reasons.setdefault(alike, []).append(f"{name}: {told}")
     common = sorted(reasons.values(), key=len, reverse=True)
     lines = [f"  {alike[0]}" + (f"; {len(alike) - 1} more like it" if alike[1:] else "") for alike in common[:TOLD]]
-    return lines + ([f"  and {len(common) - TOLD} reasons more: `bit attach JOB` tells one job's"] if common[TOLD:] else [])
+    return lines + (
+        [f"  and {len(common) - TOLD} reasons more: `bit attach JOB` tells one job's"] if common[TOLD:] else []
+    )
 
 
 def say(text: str) -> None:
