@@ -141,9 +141,16 @@ class App:
         if self.draining.is_set():
             extra.append(bodies.CLOSE)
         extra += [(b"content-length", b"%d" % len(data)), (b"x-request-id", exchange.request_id.encode("latin-1"))]
-        await send({"type": "http.response.start", "status": status, "headers": extra})
-        await send({"type": "http.response.body", "body": data})
         self.tally.note(exchange, status, len(data))
+        held = (
+            len(data) if len(data) > LONG_BODY else 0
+        )  # until it was read: slow readers hold memory as slow senders do
+        self.room.taken_bytes += held
+        try:
+            await send({"type": "http.response.start", "status": status, "headers": extra})
+            await send({"type": "http.response.body", "body": data})
+        finally:
+            self.room.give_back(held)
 
     async def _serve(self, exchange: Exchange, receive: Receive) -> tuple[bytes, Headers]:
         """The answer's body and headers. Everything before the body is read is cheap."""
@@ -170,7 +177,13 @@ class App:
     async def _reply(self, exchange: Exchange, body: bytes) -> tuple[bytes, Headers]:
         if exchange.action == "infer":
             return await self._infer(exchange, body)
-        pictures, names = bodies.pictures(body, exchange.headers, self.settings.max_pictures)
+        parts = (body, exchange.headers, self.settings.max_pictures)
+        if len(body) > LONG_BODY and bodies.is_form(
+            exchange.headers
+        ):  # its parser needs a second for tens of megabytes
+            pictures, names = await asyncio.to_thread(bodies.pictures, *parts)
+        else:
+            pictures, names = bodies.pictures(*parts)
         answer = self._classify if exchange.action == "classify" else self._features
         return await answer(exchange, pictures, names)
 

@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     max_decode_ms: float = Field(2_000, gt=0, description="time for decoding the pictures of one request")
     header_timeout_s: float = Field(10, gt=0, description="a connection that sends no complete header is closed")
     body_timeout_s: float = Field(20, gt=0, description="a body that takes longer gets 408")
+    answer_timeout_s: float = Field(60, gt=0, description="an answer that is not read in this time is cut off")
     keep_alive_s: float = Field(
         75, gt=0, description="idle connections are kept this long; longer than a balancer does"
     )

@@ -1,10 +1,20 @@
 """Requests made to hurt: each is answered in the API's own form, and costs the service neither memory nor anybody else's time."""
 
+import gzip
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
+from prometheus_client import generate_latest
 
-from tests.services.exports import SIDE
+from services.inference import bodies
+from services.inference.errors import BadRequest, TooLarge
+from services.inference.exchange import Exchange
+from services.inference.metrics import Metrics
+from services.inference.tally import Tally
+from tests.services.exports import SIDE, gray_png
 from tests.services.running import Service
 
 COUNT = SIDE * SIDE * 3
@@ -80,3 +90,62 @@ def test_numbers_of_thousands_of_digits_are_400(lamps: Service) -> None:
     assert lamps.http.post(f"/v1/lamps/classify?top={'9' * 5000}", content=b"x").status_code == 400
     headers = {"inference-header-content-length": "9" * 5000}
     assert lamps.http.post("/v2/models/lamps/infer", content=b"{}", headers=headers).status_code == 400
+
+
+def test_a_form_has_a_number_of_fields(lamps: Service) -> None:
+    def ask(count: int) -> httpx.Response:
+        field = b'--x\r\ncontent-disposition: form-data; name="a"\r\n\r\n1\r\n'
+        picture = (
+            b'--x\r\ncontent-disposition: form-data; name="b"; filename="b"\r\n\r\n' + gray_png(250) + b"\r\n--x--\r\n"
+        )
+        media = {"content-type": "multipart/form-data; boundary=x"}
+        return lamps.http.post("/v1/lamps/classify", content=field * count + picture, headers=media)
+
+    assert ask(64).json()["answers"][0]["predictions"][0]["class"] == "bright"
+    answer = ask(200_000)
+    assert (answer.status_code, "more than 64 fields" in answer.json()["error"]) == (400, True)
+
+
+def test_a_long_form_holds_up_nobody(lamps: Service) -> None:
+    """18 MB of almost-boundaries, which the parser looks at one by one."""
+    head = b'--x\r\ncontent-disposition: form-data; name="b"; filename="b"\r\n\r\n'
+    body = head + b"\r\n--y" * 3_600_000 + b"\r\n--x--\r\n"
+    with ThreadPoolExecutor(1) as pool:
+        media = {"content-type": "multipart/form-data; boundary=x"}
+        asked = pool.submit(httpx.post, f"{lamps.url}/v1/lamps/classify", content=body, headers=media, timeout=60)
+        slowest_s = 0.0
+        while not asked.done():
+            began = time.monotonic()
+            lamps.http.get("/v2/health/live")
+            slowest_s = max(slowest_s, time.monotonic() - began)
+    assert asked.result().status_code == 400
+    assert slowest_s < 0.5
+
+
+def test_all_members_of_a_gzip_body_are_read() -> None:
+    members = gzip.compress(b"one ") + gzip.compress(b"two ") + gzip.compress(b"three" * 50_000)
+    assert bodies.decompress(members, 31, 10**6) == gzip.decompress(members)
+    for body, said in (
+        (members[:-4], "cut off"),
+        (members + b"more", "cannot be decompressed"),
+        (gzip.compress(b"") * 20_000, "too many"),
+    ):
+        with pytest.raises(BadRequest, match=said):
+            bodies.decompress(body, 31, 10**6)
+    with pytest.raises(TooLarge):
+        bodies.decompress(gzip.compress(bytes(600_000)) * 2, 31, 10**6)
+
+
+def test_what_cannot_be_counted_does_not_end_the_counting() -> None:
+    tally = Tally(Metrics(), None)
+    good = Exchange("infer", "lamps", None, {"method": "POST", "path": "/"}, {})
+    bad = Exchange("infer", "lamps", None, {}, {})
+    bad.served = good  # type: ignore[assignment]  # has no statistics
+    tally.note(bad, 200, 0)
+    time.sleep(0.2)
+    tally.note(good, 404, 0)
+    end = time.monotonic() + 5
+    while b'status="404"' not in generate_latest(tally.metrics.registry):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    tally.close()
