@@ -10,8 +10,10 @@ that its plain SHA-256 tells nothing about it. `bit-serve-key acme --file tenant
 """
 
 import argparse
+import asyncio
 import hashlib
 import json
+import logging
 import os
 import secrets
 import string
@@ -27,6 +29,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from services.inference.errors import Forbidden, TooManyRequests, Unauthorized
 
+log = logging.getLogger("bit.tenants")
 ANYBODY = "*"
 Headers = dict[bytes, bytes]
 
@@ -132,6 +135,16 @@ class Tenants:
         # What was used stays used, except where the limits changed: there, running requests finish on the gate that let them in.
         self._gates = {name: gate for name, gate in self._gates.items() if gate.quota.same_limits(self._quota(name))}
         return True
+
+    async def follow(self, interval_s: float) -> None:
+        """Keys and quotas follow their file; one that cannot be read leaves in force what was."""
+        while self.path is not None:
+            await asyncio.sleep(interval_s)
+            try:
+                if self.reload():
+                    log.info("keys and quotas read again from %s", self.path)
+            except (OSError, ValueError) as error:
+                log.error("keys and quotas stay as they were: %s", error)
 
     def owner(self, headers: Headers) -> str:
         """Whose key the request carries (`Authorization: Bearer …` or `X-Api-Key`). Raises Unauthorized."""

@@ -55,13 +55,19 @@ def read_to_end(connection: socket.socket) -> bytes:
 
 def answer_of(connection: socket.socket) -> tuple[int, dict]:
     """The next answer's status and JSON."""
-    said = b""
+
+    def more() -> bytes:
+        part = connection.recv(1_000_000)
+        assert part, "closed before the answer was whole"
+        return part
+
+    said = more()
     while b"\r\n\r\n" not in said:
-        said += connection.recv(65_536)
+        said += more()
     head, _, body = said.partition(b"\r\n\r\n")
     length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
     while len(body) < length:
-        body += connection.recv(65_536)
+        body += more()
     return int(head.split()[1]), json.loads(body[:length])
 
 
