@@ -1,5 +1,6 @@
 """One connection, by raw sockets: what clients do to it, by accident or by design, and what the service answers."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -8,8 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
+import uvicorn
 
+from services.inference import wire
+from services.inference.pages import Pages, pages
 from tests.services.exports import export, gray_png
 from tests.services.running import Folder, Service, bit_serve
 
@@ -196,3 +201,35 @@ def test_the_answer_to_a_body_too_large_arrives_whatever_is_still_sent(dial: Dia
     status, told = answer_of(connection)
     assert (status, "larger than" in told["error"]) == (413, True)
     assert wait_for_end(connection) < LIMIT_S + 3
+
+
+def test_one_connection_too_many_and_a_page_that_fails_are_told_in_the_apis_own_form() -> None:
+    nothing: list = [None] * 7
+
+    async def ask() -> list[httpx.Response]:
+        config = uvicorn.Config(
+            pages(Pages(*nothing)),
+            port=0,
+            http=wire.protocol(wire.Limits(1, 1, 1)),
+            limit_concurrency=1,
+            ws="none",
+            log_config=None,
+        )
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/tenants"
+        async with httpx.AsyncClient() as client:
+            crowded = await client.get(address)
+        config.limit_concurrency = None
+        async with httpx.AsyncClient() as client:
+            failed = await client.get(address)
+        server.should_exit = True
+        await serving
+        return [crowded, failed]
+
+    crowded, failed = asyncio.run(ask())
+    assert (crowded.status_code, "connections" in crowded.json()["error"]) == (503, True)
+    assert crowded.headers["retry-after"] == "1"
+    assert (failed.status_code, failed.json()["error"]) == (500, "internal error")
