@@ -61,7 +61,7 @@ class Room:
 
 
 async def read(receive: Receive, headers: dict[bytes, bytes], limit: int, room: Room) -> bytes:
-    """The whole body, decompressed, for which the caller gives its room back; connections.py limits its time.
+    """The whole body, decompressed, for which the caller gives its room back; wire.py limits its time.
 
     Raises TooLarge, RequestTimeout, Unavailable, BadRequest.
     """

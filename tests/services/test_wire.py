@@ -154,14 +154,19 @@ def test_an_offer_to_upgrade_is_ignored_and_the_body_read(dial: Dial, body: str)
     assert answer_of(connection)[0] == 200
 
 
-def test_who_does_not_read_is_cut_off(dial: Dial, strict: Service) -> None:
-    """Answers of 4 MB on one connection: more than the system's buffers hold."""
+def large_answer() -> bytes:
+    """A request whose answer is a megabyte."""
     data = bytes(range(256)) * 192
     tensor = {"name": "pixels", "datatype": "UINT8", "shape": [64, 16, 16, 3]}
     tensor |= {"parameters": {"binary_data_size": len(data)}}
     text = json.dumps({"inputs": [tensor], "outputs": [{"name": "feature_map"}]}).encode()
     head = b"POST /v2/models/lamps/infer HTTP/1.1\r\nhost: x\r\ninference-header-content-length: %d\r\n" % len(text)
-    ask = head + b"content-length: %d\r\n\r\n" % (len(text) + len(data)) + text + data
+    return head + b"content-length: %d\r\n\r\n" % (len(text) + len(data)) + text + data
+
+
+def test_who_does_not_read_is_cut_off(dial: Dial, strict: Service) -> None:
+    """Fifteen answers of a megabyte on each connection: more than the system's buffers hold."""
+    ask = large_answer()
     assert answer_of(dial(ask))[0] == 200
     before = connections(strict)
     slow = [dial(ask * 15) for _ in range(4)]
