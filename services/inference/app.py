@@ -36,10 +36,9 @@ from services.inference.errors import (
 from services.inference.exchange import Exchange, Route, Scope, route_of
 from services.inference.follower import Follower
 from services.inference.metrics import Metrics
-from services.inference.mlflow_registry import MLflowRegistry
 from services.inference.models import Cold, Models, Served
 from services.inference.pages import Pages, pages
-from services.inference.registry import FolderRegistry, RegistryDown
+from services.inference.registry import FolderRegistry, Registry, RegistryDown
 from services.inference.scheduler import Scheduler, Work
 from services.inference.settings import MiB, Settings
 from services.inference.tally import Tally
@@ -65,13 +64,14 @@ class App:
         self.tally = Tally(self.metrics, AccessLog() if settings.access_log else None)
         self.models = Models(settings.memory_mb * MiB, settings.pinned)
         self.tenants, self.room = Tenants(settings.tenants), bodies.Room(settings.max_bodies_mb * MiB)
-        registry = (
-            FolderRegistry(settings.models)
-            if settings.models
-            else MLflowRegistry(
-                settings.tracking_uri, Cache(settings.cache_dir, settings.cache_mb * MiB), settings.write_back
-            )
-        )
+        registry: Registry
+        if settings.models:
+            registry = FolderRegistry(settings.models)
+        else:
+            from services.inference.mlflow_registry import MLflowRegistry  # its HTTP client is a quarter of the whole import
+
+            cache = Cache(settings.cache_dir, settings.cache_mb * MiB)
+            registry = MLflowRegistry(settings.tracking_uri, cache, settings.write_back)
         given = (settings.poll_interval_s, settings.max_batch, frozenset(settings.only))
         self.follower = Follower(registry, self.models, self.metrics, *given)
         self.draining = asyncio.Event()
