@@ -68,7 +68,7 @@ class App:
         if settings.models:
             registry = FolderRegistry(settings.models)
         else:
-            from services.inference.mlflow_registry import MLflowRegistry  # its HTTP client is a quarter of the whole import
+            from services.inference.mlflow_registry import MLflowRegistry  # its client is a quarter of the import
 
             cache = Cache(settings.cache_dir, settings.cache_mb * MiB)
             registry = MLflowRegistry(settings.tracking_uri, cache, settings.write_back)
