@@ -23,6 +23,7 @@ from services.inference.priority import give_way
 from services.inference.registry import FolderRegistry, RegistryDown
 from tests.services.exports import export, gray_png
 from tests.services.running import Folder, MLflow, Service, bit_serve, mlflow_server
+from tests.services.test_tenants import make_key
 
 PADDING = 4 * 2**20  # bytes that make a small export large
 
@@ -235,6 +236,32 @@ def test_models_beyond_the_memory_are_loaded_when_they_are_asked_for(tmp_path: P
         warm = {one["tenant"] for one in service.http.get("/v1/tenants").json()["served"] if one["in_memory"]}
         assert "t5" in warm
         assert len(warm) <= 3
+
+
+def test_who_waits_for_a_cold_model_counts_as_running_and_waits_no_longer_than_the_deadline(tmp_path: Path) -> None:
+    store, key = Folder(tmp_path), make_key(tmp_path / "tenants.json", "one")
+    quotas = json.loads((tmp_path / "tenants.json").read_text())
+    quotas["one"]["concurrent"] = 1
+    (tmp_path / "tenants.json").write_text(json.dumps(quotas))
+    store.publish("one", export())
+    with (
+        bit_serve(store, tmp_path, "--tenants", str(tmp_path / "tenants.json"), "--timeout_ms", "2000") as service,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        service.http.headers["x-api-key"] = key
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "pipe").rename(tmp_path / "one.onnx")  # whoever reads it waits
+        service.http.post("/v2/repository/models/one/unload")
+        time.sleep(0.5)
+        waits = pool.submit(service.classify, "one", gray_png(10))
+        time.sleep(0.3)
+        began = time.monotonic()
+        assert service.classify("one", gray_png(10)).status_code == 429
+        assert time.monotonic() - began < 1
+        page = service.http.get("/v2/models/one")
+        assert (page.status_code, waits.result().status_code) == (504, 504)
+        assert "still being loaded" in page.json()["error"]
+        (tmp_path / "one.onnx").write_bytes(b"")
 
 
 def test_many_that_ask_for_one_cold_model_load_it_once(tmp_path: Path) -> None:
