@@ -1,12 +1,14 @@
 """The stream: a pure function of (dataset, seed, global batch, step), however it is cut."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.data import area, augment
+from training.data import area, augment, crops
 from training.data.batches import Stream, eval_batches
 from training.data.dataset import Dataset
 from training.engine.loss import crop_and_flip
@@ -66,14 +68,15 @@ def test_crops_by_area_are_drawn_anew_at_every_step_and_flipped_as_drawn(dataset
         boxes = area.draw(np.random.default_rng((3, step, 0xA4EA)), 16)
         flips = 0
         for row, (image, index) in enumerate(zip(batch.images, batch.indices, strict=True)):
-            expected = area.crop(split.read(int(index)), boxes, row, 16)
+            expected = crops.of(split.read(int(index)), 16, partial(boxes.box, row))
             flipped = np.array_equal(image, expected[:, ::-1])
             assert flipped or np.array_equal(image, expected)
             flips += flipped
         assert 0 < flips < 16
     unflipped = stream(dataset, by_area=True, flips=False).batch(0)
     boxes = area.draw(np.random.default_rng((3, 0, 0xA4EA)), 16)
-    assert np.array_equal(unflipped.images[5], area.crop(split.read(int(unflipped.indices[5])), boxes, 5, 16))
+    expected = crops.of(split.read(int(unflipped.indices[5])), 16, partial(boxes.box, 5))
+    assert np.array_equal(unflipped.images[5], expected)
 
 
 @settings(max_examples=20, deadline=None)
@@ -88,7 +91,7 @@ def test_each_epoch_has_every_example_once(dataset: Dataset, global_batch: int, 
 
 def test_a_split_too_large_for_memory_is_read_shard_by_shard(dataset: Dataset) -> None:
     made = stream(dataset, cache_bytes=0, global_batch=len(dataset.split("train")))
-    names = [dataset.split("train").shards[i] for i in made.indices(0)]
+    names = dataset.split("train").shards[made.indices(0)]
     assert len(set(names)) > 1
     assert sorted(made.indices(0)) == list(range(len(names)))
     assert list(made.indices(0)) != list(made.indices(1))

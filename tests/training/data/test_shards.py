@@ -46,7 +46,7 @@ def test_every_example_is_read_back_once(tmp_path_factory, drawn, shard_bytes) -
 
 def test_shards_are_plain_tars_with_a_label_beside_each_picture(dataset: Dataset) -> None:
     split = dataset.split("train")
-    with tarfile.open(Path(dataset.url, split.shards[0])) as tar:
+    with tarfile.open(Path(dataset.url, split.shard_names[0])) as tar:
         names = tar.getnames()
         assert names[:2] == [f"{split.keys[0]}.png", f"{split.keys[0]}.json"]
         label = tar.extractfile(names[1])
