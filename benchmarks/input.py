@@ -5,8 +5,8 @@
 jpeg: 500 × 375 JPEGs of 80 kB, squashed to 256 × 256, a random 224 crop, flipped: by ours, the training's own stream out of
 packed shards, and by a plain Pillow pipeline (read, decode, bilinear resize, crop, flip, to array). area: the crops by area of
 upstream recipes, both ways. cache: a tenant's pictures, kept as 160 × 160 since the first epoch, cropped to 128, against Pillow
-from the files. Processor seconds of all threads, all in turn in one run; ratios are medians over the rounds. The difference of ours
-to Pillow's filter (mean over all values, of 255) is told beside.
+from the files. Processor seconds of all threads, all in turn in one run; ratios are medians over the rounds. Beside them: how far
+our crops are from Pillow's (mean over all values, of 255).
 """
 
 import argparse

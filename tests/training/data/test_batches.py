@@ -1,5 +1,8 @@
 """The stream: a pure function of (dataset, seed, global batch, step), however it is cut."""
 
+import gc
+import weakref
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -9,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.data import area, augment, crops
-from training.data.batches import Stream, eval_batches
-from training.data.dataset import Dataset
+from training.data.batches import Stream, cut, eval_batches
+from training.data.dataset import Dataset, Split
 from training.engine.loss import crop_and_flip
 
 VIEW = {"seed": 3, "global_batch": 16, "resize": 20, "crop": 16, "flips": True, "crops": True}
@@ -24,7 +27,7 @@ def stream(dataset: Dataset, **changes: object) -> Stream:
 WAYS = pytest.mark.parametrize("way", [{"cache_bytes": 2**30}, {"cache_bytes": 0}, {"by_area": True}], ids=str)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_micro", [1, 2])
 @WAYS
 def test_ranks_and_micro_batches_see_the_same_stream(
@@ -33,13 +36,14 @@ def test_ranks_and_micro_batches_see_the_same_stream(
     whole = stream(dataset, **way)
     for step in (0, 2, 7):
         parts = [
-            stream(dataset, rank=rank, world_size=world_size, **way).batch(step, micro, num_micro)
+            stream(dataset, rank=rank, world_size=world_size, unit=2, **way).batch(step, micro, num_micro)
             for rank in range(world_size)
             for micro in range(num_micro)
         ]
         expected = whole.batch(step)
         np.testing.assert_array_equal(np.concatenate([part.images for part in parts]), expected.images)
         np.testing.assert_array_equal(np.concatenate([part.indices for part in parts]), expected.indices)
+        assert {len(part.images) % 2 for part in parts} == {0}
 
 
 def test_the_device_crops_and_flips_to_the_same_bytes(dataset: Dataset) -> None:
@@ -134,3 +138,50 @@ def test_evaluation_covers_the_split_in_order_over_all_ranks(dataset: Dataset) -
 def test_a_crop_larger_than_the_picture_is_refused(dataset: Dataset) -> None:
     with pytest.raises(ValueError, match="crop=32 is larger than resize=20"):
         stream(dataset, crop=32)
+
+
+@given(st.integers(0, 500), st.integers(1, 20), st.sampled_from([1, 2]))
+def test_a_cut_keeps_all_in_order_and_evenly(units: int, parts: int, unit: int) -> None:
+    made = [cut(units * unit, part, parts, unit) for part in range(parts)]
+    assert [start for start, _ in made] == [0, *(stop for _, stop in made[:-1])]
+    assert made[-1][1] == units * unit
+    sizes = [stop - start for start, stop in made]
+    assert max(sizes) - min(sizes) <= unit
+    assert not any(size % unit for size in sizes)
+
+
+class Counted(Split):
+    """A split that counts how often each picture is read."""
+
+    def read(self, i: int) -> bytes:
+        self.reads = getattr(self, "reads", Counter()) + Counter([i])
+        return super().read(i)
+
+
+def test_the_first_batch_decodes_no_more_than_itself_and_an_epoch_each_picture_once(dataset: Dataset) -> None:
+    split = Counted(dataset, "train", dataset.split("train")._table)
+    made = Stream(split, **VIEW)  # type: ignore[arg-type]
+    made.batch(0)
+    assert sum(split.reads.values()) == 16
+    for step in range(1, 20):
+        made.batch(step)
+    assert split.reads == Counter(range(len(split)))
+
+
+def test_a_stream_that_nobody_holds_is_gone_with_its_pictures(dataset: Dataset) -> None:
+    made = stream(dataset)
+    list(made.prefetch(0, 5))
+    held = weakref.ref(made)
+    gc.disable()
+    try:
+        del made
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
+def test_batches_made_ahead_for_a_gpu_lie_in_pinned_memory(dataset: Dataset) -> None:
+    batch = next(stream(dataset, pinned=True).prefetch(0, 1))
+    assert torch.from_numpy(batch.images).is_pinned()
+    assert torch.from_numpy(batch.targets).is_pinned()

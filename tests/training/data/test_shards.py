@@ -5,16 +5,22 @@ import io
 import json
 import os
 import tarfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from training.data import dataset as reading
 from training.data import shards
-from training.data.dataset import Dataset
+from training.data.batches import Stream
+from training.data.dataset import Dataset, Split
+from training.data.remote import Folder
 from training.data.shards import DatasetError, Example
 
 
@@ -88,6 +94,54 @@ def test_several_labels_become_a_multi_hot_matrix(tmp_path: Path) -> None:
     two = Example("00000000", b"x", "png", (0, 2), 8, 8, "0" * 64)
     shards.write(tmp_path, [("train", two)], ["a", "b", "c"], True, 10_000, {})
     assert Dataset.open(tmp_path).split("train").targets().tolist() == [[1.0, 0.0, 1.0]]
+
+
+def upstream(rows: int, classes: int) -> tuple[Split, list[list[int]]]:
+    """A split like ImageNet-21k's: many rows, many classes, one to three labels each, some hundred shards; no pictures."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 4, rows)
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    labels = pa.ListArray.from_arrays(starts, rng.integers(0, classes, starts[-1]).astype(np.int32))
+    same = pa.array(["x"]).take(pa.array(np.zeros(rows, np.int64)))
+    names = pa.array([f"train-{number:05d}.tar" for number in range(500)]).take(pa.array(np.arange(rows) * 500 // rows))
+    numbers = pa.array(np.arange(rows))
+    columns = [same, same, names, numbers, numbers, labels, numbers.cast("int32"), numbers.cast("int32"), same]
+    table = pa.Table.from_arrays(columns, schema=shards.SCHEMA)
+    index = {"classes": [str(number) for number in range(classes)], "multi_label": True, "splits": {}}
+    first = [labels[row].as_py() for row in range(100)]
+    return Split(Dataset(Folder("nowhere"), index, "0"), "train", table.slice(1)), first[1:]
+
+
+def test_a_million_pictures_of_thousands_of_classes_take_little_memory() -> None:
+    tracemalloc.start()
+    try:
+        split, labels = upstream(1_000_000, 5_000)
+        stream = Stream(split, seed=0, global_batch=256, resize=256, crop=224, flips=True, crops=True)
+        first, second = stream.indices(0), stream.indices(4_000)
+        targets = split.targets(second)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 150e6
+    assert len({*first, *second}) == 512 - len({*first} & {*second})
+    assert targets.shape == (256, 5_000)
+    for row, wanted in enumerate(labels):
+        assert np.flatnonzero(split.targets(np.array([row]))[0]).tolist() == sorted(set(wanted))
+    some = np.array([98, 3, 3, 50])
+    assert split.targets(some).sum(1).tolist() == [len(set(labels[row])) for row in some]
+
+
+def test_shards_of_a_store_are_read_by_many_threads_at_once(tmp_path: Path) -> None:
+    written = [("train", example(number, 100 + number, 0)) for number in range(50)]
+    shards.write(tmp_path, written, ["a", "b"], False, 2_000, {})
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path), "/packed", recursive=True)
+    try:
+        split = Dataset.open("memory://packed").split("train")
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(split.read, range(50))) == [made.data for _, made in written]
+    finally:
+        store.rm("/packed", recursive=True)
 
 
 def test_damage_is_noticed(dataset: Dataset, tmp_path: Path) -> None:
