@@ -38,7 +38,9 @@ def resize(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """uint8 [h, w, 3] → [size, size, 3] as Pillow's bilinear filter does, three times as fast."""
     if image.shape[:2] == (size, size):
         return image
-    pixels_nchw = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # in this order torch sees channels_last, and keeps it
+    pixels_nchw = torch.from_numpy(image)[None].permute(
+        0, 3, 1, 2
+    )  # in this order torch sees channels_last, and keeps it
     made = torch.nn.functional.interpolate(pixels_nchw, (size, size), mode="bilinear", antialias=True)
     return made[0].permute(1, 2, 0).numpy()
 
