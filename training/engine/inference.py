@@ -15,6 +15,7 @@ from training.engine import backends
 from training.engine.distributed import World
 from training.models.resnet import ResNet, normalize
 
+ROWS = 4_096  # answers that are judged at once: intermediate results are as large as the answers
 EPS = 1e-7  # no answer counts as surer: log_loss stays finite
 
 
@@ -82,8 +83,9 @@ def logits_of(model: ResNet, pixels_nhwc: torch.Tensor) -> torch.Tensor:
 
 def score(probabilities: NDArray[np.float32], targets: NDArray[Any]) -> dict[str, float]:
     """accuracy (several labels a picture: the share of exactly right label sets) and log_loss over [n, C] answers."""
-    right, losses = _judged(torch.from_numpy(probabilities), torch.from_numpy(targets))
-    return {"accuracy": float(right.double().mean()), "log_loss": float(losses.double().mean())}
+    parts = zip(torch.from_numpy(probabilities).split(ROWS), torch.from_numpy(targets).split(ROWS), strict=True)
+    right, losses = (torch.cat(figures).double() for figures in zip(*(_judged(*part) for part in parts), strict=True))
+    return {"accuracy": float(right.mean()), "log_loss": float(losses.mean())}
 
 
 def _judged(probabilities: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
