@@ -5,8 +5,8 @@
 jpeg: 500 × 375 JPEGs of 80 kB, squashed to 256 × 256, a random 224 crop, flipped: by ours, the training's own stream out of
 packed shards, and by a plain Pillow pipeline (read, decode, bilinear resize, crop, flip, to array). area: the crops by area of
 upstream recipes, both ways. cache: a tenant's pictures, kept as 160 × 160 since the first epoch, cropped to 128, against Pillow
-from the files. Processor seconds of all threads, all in turn in one run; ratios are medians over the rounds. Beside them: how far
-our crops are from Pillow's (mean over all values, of 255).
+from the files. Processor seconds, one thread at work, all in turn in one run; ratios are medians over the rounds. Beside: how
+far our crops are from Pillow's (mean over all values, of 255).
 """
 
 import argparse
@@ -83,7 +83,7 @@ def pillow_by_area(split: Split, crop: int) -> np.ndarray:
 
 def variants(split: Split) -> dict[str, Callable[[int], object]]:
     """name → what makes a batch of all pictures for a step."""
-    view: dict[str, Any] = {"seed": 0, "global_batch": len(split), "flips": True, "crops": True}
+    view: dict[str, Any] = {"seed": 0, "global_batch": len(split), "flips": True, "crops": True, "threads": 1}
     jpeg = Stream(split, resize=256, crop=224, cache_bytes=0, **view)
     by_area = Stream(split, resize=256, crop=224, by_area=True, **view)
     cached = Stream(split, resize=160, crop=128, **view)

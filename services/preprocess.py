@@ -18,6 +18,7 @@ Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 100_000_000  # refused from the header on, before a decompression bomb is unpacked
 MAX_SCANS = 100  # of a JPEG; encoders write about ten, an attacker thousands of empty ones over many pixels
+MAX_MARKERS = 10_000  # before a JPEG's first scan; a camera writes dozens, an attacker one in every two bytes
 STRIP_BYTES = (
     4 * 2**20
 )  # of a picture whose colours are computed here: what its intermediate results are made from at once
@@ -54,15 +55,18 @@ def resize(image: Pixels, size: int) -> Pixels:
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def decode(data: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXELS, shrink: int = 1) -> Pixels:
+def decode(
+    data: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXELS, shrink: int = 1, fast: bool = False
+) -> Pixels:
     """An encoded picture as uint8 [h, w, 3] RGB, upright (EXIF applied), transparency on white, of an animation the first frame.
 
     min_side: a JPEG may come back smaller than it is, but with no side below this. shrink: 1, 2, 4 or 8, a JPEG comes back so
-    many times smaller, which costs less than the whole (libjpeg-turbo has SIMD for these four). Raises PictureError.
+    many times smaller, which costs less than the whole (libjpeg-turbo has SIMD for these four). fast: the colour of a JPEG, which
+    is kept at half the size, is repeated instead of interpolated. Raises PictureError.
     """
     kind, (width, height) = _announced(data, max_pixels)
     least = (-(-height // shrink), -(-width // shrink)) if shrink > 1 else (min_side or 0, min_side or 0)
-    image = _decode_jpeg(data, *least) if kind == "jpeg" else None
+    image = _decode_jpeg(data, *least, fast) if kind == "jpeg" else None
     return image if image is not None else _decode_any(data, kind)
 
 
@@ -135,12 +139,15 @@ def _jpeg_dimensions(data: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """(code, place) of each marker up to the first scan, in order.
+    """(code, place) of each marker up to the first scan, in order; none beyond MAX_MARKERS.
 
     ITU T.81, B.1.1 and B.2.2: markers are FF and a code, the segment's length behind most of them; SOFn holds the size.
     """
     at = 2
-    while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
+    for _ in range(MAX_MARKERS):
+        at = data.find(b"\xff", at)
+        if at < 0 or at + 1 >= len(data):
+            return
         code = data[at + 1]
         if code in (0x00, 0x01, 0xFF) or 0xD0 <= code <= 0xD8:  # stuffing, or a marker without a segment
             at += 1 if code == 0xFF else 2
@@ -177,14 +184,16 @@ def _webp_dimensions(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _decode_jpeg(data: bytes, min_height: int, min_width: int) -> Pixels | None:
+def _decode_jpeg(data: bytes, min_height: int, min_width: int, fast: bool) -> Pixels | None:
     """None where libjpeg-turbo refuses what OpenCV may still read. The least sides are of the file, before EXIF turns it."""
     try:
         _, _, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
         if colorspace in ("CMYK", "YCCK"):
             image = _in_strips(simplejpeg.decode_jpeg(data, "CMYK", strict=False), _rgb_of_cmyk)
         else:
-            image = simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width, strict=False)
+            image = simplejpeg.decode_jpeg(
+                data, "RGB", fastupsample=fast, min_height=min_height, min_width=min_width, strict=False
+            )
     except (ValueError, KeyError):  # KeyError: a colour space that simplejpeg has no name for
         return None
     return _upright(image, _exif_orientation(data))

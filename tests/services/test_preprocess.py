@@ -3,6 +3,7 @@
 import contextlib
 import io
 import struct
+import time
 import tracemalloc
 from collections.abc import Callable
 
@@ -180,6 +181,17 @@ def test_scans_count_wherever_a_decoder_goes_on_after_the_first(first: bytes) ->
     else:
         with pytest.raises(PictureError, match="a jpeg of 1001 scans"):
             decode(bomb)
+
+
+@pytest.mark.parametrize("filling", [b"\xff", b"\xff\x00", b"\xff\xe1\x00\x02"], ids=["fill", "stuffing", "segments"])
+def test_millions_of_markers_take_no_time(filling: bytes) -> None:
+    whole = saved(gradient(), "jpeg", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    bomb = whole[:2] + filling * (4_000_000 // len(filling)) + whole[2:-2] + 1000 * whole[last:-2] + whole[-2:]
+    began = time.process_time()
+    with pytest.raises(PictureError):
+        decode(bomb)
+    assert time.process_time() - began < 0.2
 
 
 def cmyk_and_its_rgb() -> tuple[bytes, np.ndarray]:

@@ -71,6 +71,7 @@ class Stream:
         unit: int = 1,
         pinned: bool = False,
         cache_bytes: int = CACHE_BYTES,
+        threads: int = THREADS,
     ) -> None:
         if crop > resize:
             raise UserError(f"crop={crop} is larger than resize={resize}; choose resize ≥ crop.")
@@ -81,7 +82,7 @@ class Stream:
         self.rank, self.world_size, self.unit, self.pinned = rank, world_size, unit, pinned
         self.by_area, self.on_device = by_area, on_device
         self.cached = not by_area and len(split) * self.resize**2 * 3 <= cache_bytes
-        self._pool = ThreadPoolExecutor(THREADS)
+        self._pool = ThreadPoolExecutor(threads)
         self._pictures: NDArray[np.uint8] | None = None
         self._known = np.zeros(len(split) if self.cached else 0, np.bool_)
         self._orders: dict[int, NDArray[np.int64]] = {}  # of an epoch and the one before: a batch may reach over both

@@ -5,14 +5,17 @@ import io
 import json
 import os
 import tarfile
+import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -131,17 +134,28 @@ def test_a_million_pictures_of_thousands_of_classes_take_little_memory() -> None
     assert split.targets(some).sum(1).tolist() == [len(set(labels[row])) for row in some]
 
 
+class Slow(LocalFileSystem):
+    """A store whose answers to parts of files come when five have been asked for."""
+
+    protocol = "slow"
+    five: ClassVar = threading.Barrier(5)
+    asked: ClassVar[list[int]] = []
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: object) -> bytes:
+        if start is not None and end is not None:
+            self.five.wait(timeout=20)
+            self.asked.append(end - start)
+        return super().cat_file(path, start, end, **kwargs)
+
+
 def test_shards_of_a_store_are_read_by_many_threads_at_once(tmp_path: Path) -> None:
     written = [("train", example(number, 100 + number, 0)) for number in range(50)]
     shards.write(tmp_path, written, ["a", "b"], False, 2_000, {})
-    store = fsspec.filesystem("memory")
-    store.put(str(tmp_path), "/packed", recursive=True)
-    try:
-        split = Dataset.open("memory://packed").split("train")
-        with ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(split.read, range(50))) == [made.data for _, made in written]
-    finally:
-        store.rm("/packed", recursive=True)
+    fsspec.register_implementation("slow", Slow, clobber=True)
+    split = Dataset.open(f"slow://{tmp_path}").split("train")
+    with ThreadPoolExecutor(5) as pool:
+        assert list(pool.map(split.read, range(50))) == [made.data for _, made in written]
+    assert sorted(Slow.asked) == list(range(100, 150))
 
 
 def test_damage_is_noticed(dataset: Dataset, tmp_path: Path) -> None:
