@@ -68,7 +68,10 @@ class Dataset:
         if name not in self.splits:
             raise DatasetError(f"{self.url} has no split {name!r}. Choices: {', '.join(self.splits)}.")
         table = self._examples
-        return Split(self, name, table.filter(pa.compute.equal(table["split"], name)))
+        mask = pa.compute.equal(table["split"], name)
+        first, count = pa.compute.index(mask, True).as_py(), pa.compute.sum(mask).as_py()
+        together = pa.compute.all(mask.slice(max(first, 0), count)).as_py()
+        return Split(self, name, table.slice(first, count) if first >= 0 and together else table.filter(mask))
 
 
 class Split:

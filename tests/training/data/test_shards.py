@@ -14,6 +14,7 @@ from typing import ClassVar
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
@@ -132,6 +133,24 @@ def test_a_million_pictures_of_thousands_of_classes_take_little_memory() -> None
         assert np.flatnonzero(split.targets(np.array([row]))[0]).tolist() == sorted(set(wanted))
     some = np.array([98, 3, 3, 50])
     assert split.targets(some).sum(1).tolist() == [len(set(labels[row])) for row in some]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_splits_share_the_rows_of_the_dataset_where_they_lie_together(tmp_path: Path, together: bool) -> None:
+    written = [("train" if number % 3 else "test", example(number, 50 + number, 0)) for number in range(300)]
+    index = shards.write(tmp_path, written, ["a", "b"], False, 10**6, {})
+    if not together:
+        rows = pq.read_table(tmp_path / shards.EXAMPLES)
+        rows = rows.take(np.random.default_rng(0).permutation(len(rows)))
+        shards.finish(tmp_path, rows, index["splits"], ["a", "b"], False, {})
+    data = Dataset.open(tmp_path)
+    size = data._examples.nbytes
+    before = pa.total_allocated_bytes()
+    train, test = data.split("train"), data.split("test")
+    assert (pa.total_allocated_bytes() - before < 0.2 * size) == together
+    for name, split in {"train": train, "test": test}.items():
+        expected = {made.data for where, made in written if where == name}
+        assert (len(split), set(split)) == (len(expected), expected)
 
 
 class Slow(LocalFileSystem):
