@@ -10,6 +10,7 @@ generator (wrk) takes its share of the same cores: about 20 µs a request.
 """
 
 import argparse
+import base64
 import contextlib
 import json
 import os
@@ -27,11 +28,13 @@ from typing import Any
 import cv2
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 
 from benchmarks import machine, wrk
 from benchmarks.peers import PEERS, Peer
 from benchmarks.wrk import Request
+from services import preprocess
 from tests.services.running import Folder, bit_serve, wait_for
 from tests.services.test_tenants import make_key
 from training.demo.walk import free_port
@@ -41,6 +44,7 @@ CONNECTIONS = (1, 8, 32, 64)
 BODY_BYTES = 40_000
 ARCH, SIDE = "R14x0.5", 176  # 0.49 GFLOP
 GOALS = {("half a GFLOP", 8): 0.88, ("half a GFLOP", 32): 0.93, ("half a GFLOP", 64): 0.93, ("trivial", 32): 0.85}
+MOST = {"ready_s": 1.5, "over_models_mb": 60, "extra_ms": 0.5}  # at one connection; of this service, whatever it serves
 Figures = dict[str, Any]
 Server = tuple[str, Request, int, Figures]  # address, what to ask, process, what its start cost
 
@@ -77,7 +81,11 @@ def described(proto: onnx.ModelProto, side: int) -> bytes:
         "resolution": side,
         "resize": "squash",
     }
-    told |= {"threshold": None, "hyperrule": {}, "metrics": {}, "lineage": {"arch": ARCH}, "golden": []}
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    encoded = picture()
+    [[answer]] = session.run(["probabilities"], {"pixels": preprocess.pixels(encoded, side)[None]})
+    golden = [{"picture": base64.b64encode(encoded).decode(), "probabilities": answer.tolist()}]
+    told |= {"threshold": None, "hyperrule": {}, "metrics": {}, "lineage": {"arch": ARCH}, "golden": golden}
     graph.set_metadata(proto, told)
     return proto.SerializeToString()
 
@@ -107,7 +115,10 @@ def ours(folder: Path, data: bytes, body: bytes) -> Iterator[Server]:
         ready_s = time.perf_counter() - began
         request = Request("/v1/bench/classify", body, {"Authorization": f"Bearer {key}"})
         memory = private_mb(service.process.pid)
-        yield service.url, request, service.process.pid, {"ready_s": round(ready_s, 2), "memory_mb": memory}
+        lines = [line.split() for line in service.http.get("/metrics").text.splitlines()]
+        models = sum(float(line[1]) for line in lines if line[0].startswith("bit_model_bytes{")) / 2**20
+        start = {"ready_s": round(ready_s, 2), "memory_mb": memory, "over_models_mb": round(memory - models)}
+        yield service.url, request, service.process.pid, start
 
 
 @contextmanager
@@ -181,6 +192,16 @@ def measure(server: Server, files: tuple[Path, Path], rounds: int, seconds: int)
     }
 
 
+def short_of(network: str, told: Figures) -> Iterator[str]:
+    """What misses its goal, in words."""
+    for (where, number), goal in GOALS.items():
+        if where == network and (ratio := told["ratios"][str(number)]) < goal:
+            yield f"below the goal of {goal} at {number} connections: {ratio}"
+    for figure, most in MOST.items():
+        if told[figure] > most:
+            yield f"above the goal of {figure} ≤ {most}: {told[figure]}"
+
+
 def import_s() -> float:
     """Of a fresh interpreter, the least of five."""
     code = "import time; t = time.perf_counter(); import services.inference.app; print(time.perf_counter() - t)"
@@ -213,9 +234,8 @@ def main() -> None:
                     told = measure(server, files, arguments.rounds, arguments.seconds)
             figures[f"{network}: {name}"] = told
             print(f"{network:>12}  {name:20} {json.dumps(told)}", flush=True)
-            for (where, number), goal in GOALS.items():
-                if name == "bit-serve" and where == network and told["ratios"][str(number)] < goal:
-                    print(f"{'':14}below the goal of {goal} at {number} connections")
+            for short in short_of(network, told) if name == "bit-serve" else ():
+                print(f"{'':14}{short}")
     machine.write("serving", described | {"body_bytes": len(body)}, figures)
 
 

@@ -24,7 +24,7 @@ from rich.progress import track
 from services import preprocess
 from training import receipt, tracking
 from training.config import Config, ConfigError, PackConfig
-from training.data import shards, sources
+from training.data import remote, shards, sources
 from training.data.dataset import Dataset
 from training.data.shards import Example
 
@@ -58,10 +58,11 @@ def source_of(config: Config, tenant: str | None) -> Path:
     return Path(config.pack.source) if config.pack.source else default
 
 
-def main(config: Config, tenant: str | None = None, make: Packer | None = None) -> None:
+def main(config: Config, tenant: str | None = None, make: Packer | None = None, push: str | None = None) -> None:
     """Packs the pictures of upstream, or of one tenant, and writes the stage's receipt.
 
-    make: what writes the dataset; default: `pack` (parts.py merges what several machines packed).
+    make: what writes the dataset; default: `pack` (parts.py merges what several machines packed). push: URL of a DVC remote that
+    gets the shards too, to be read from there by content hash.
     """
     source, out = source_of(config, tenant), receipt.folder(STAGE, tenant)
     digest = tracking.dvc_md5(source)
@@ -74,7 +75,8 @@ def main(config: Config, tenant: str | None = None, make: Packer | None = None) 
         run.artifact(out / shards.INDEX)
         run.artifact(out / ERRORS)
         total = sum(shard["size_bytes"] for told in index["splits"].values() for shard in told["shards"])
-        dataset = receipt.Artifact(uri=out.as_posix(), sha256=Dataset.open(out).fingerprint, size_bytes=total)
+        uri = remote.push(out, push) if push else out.as_posix()
+        dataset = receipt.Artifact(uri=uri, sha256=Dataset.open(out).fingerprint, size_bytes=total)
         receipt.Receipt(
             stage=STAGE,
             tenant=tenant,
@@ -84,6 +86,8 @@ def main(config: Config, tenant: str | None = None, make: Packer | None = None) 
             outputs={"dataset": dataset},
             metrics=metrics,
         ).write(out)
+    if push:
+        print(f"{total} bytes of shards are at {uri}", file=sys.stderr)
 
 
 def pack(

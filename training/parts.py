@@ -17,10 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training import pack, receipt
-from training.config import Config, ConfigError, PackConfig
+from training.config import Config, ConfigError
 from training.data import shards
-
-PARTS = "parts"
 
 
 def parse(text: str) -> tuple[int, int]:
@@ -32,9 +30,14 @@ def parse(text: str) -> tuple[int, int]:
     return number, count
 
 
+def folder_of(out: Path) -> Path:
+    """Where the parts of a dataset lie until they are joined: beside it."""
+    return out.with_name(f"{out.name}.parts")
+
+
 def write(config: Config, tenant: str | None, part: tuple[int, int]) -> None:
-    """Packs one part into its own folder below the stage's."""
-    folder = receipt.folder(pack.STAGE, tenant) / PARTS / f"{part[0]:05d}"
+    """Packs one part into its own folder beside the stage's."""
+    folder = folder_of(receipt.folder(pack.STAGE, tenant)) / f"{part[0]:05d}"
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was interrupted
     temporary = folder.with_suffix(".partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -42,33 +45,29 @@ def write(config: Config, tenant: str | None, part: tuple[int, int]) -> None:
     temporary.rename(folder)
 
 
-def merge(config: Config, tenant: str | None, count: int) -> None:
-    """The stage `pack` with its parts in place of the pictures: shards renamed, tables joined, one index, the receipt."""
+def merge(config: Config, tenant: str | None, count: int, push: str | None = None) -> None:
+    """The stage `pack` with its parts in place of the pictures: shards renamed, tables joined, one index, the receipt.
 
-    def make(source: Path, out: Path, stage: PackConfig) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-        made = join(out, count)
-        shutil.rmtree(out / PARTS)
-        return made
-
-    pack.main(config, tenant, make)
+    The parts go when the receipt is written, so that it can be tried again. push: as for `pack.main`.
+    """
+    pack.main(config, tenant, lambda source, out, stage: join(out, count), push)
+    shutil.rmtree(folder_of(receipt.folder(pack.STAGE, tenant)))
 
 
 def join(out: Path, count: int) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Makes one dataset of the parts below `out`; returns its index and the failures of all parts. Raises ConfigError.
+    """Makes one dataset of the parts beside `out`; returns its index and the failures of all parts. Raises ConfigError.
 
     Interrupted, it can be run again: shards go to their final names one by one, and the index is written when all are there.
     """
-    folders = [out / PARTS / f"{number:05d}" for number in range(count)]
+    parts = folder_of(out)
+    folders = [parts / f"{number:05d}" for number in range(count)]
     if missing := [folder.name for folder in folders if not (folder / shards.INDEX).is_file()]:
-        raise ConfigError(
-            f"{out / PARTS} lacks the parts {', '.join(missing)} of {count}: run `bit pack --part …/{count}`."
-        )
+        raise ConfigError(f"{parts} lacks the parts {', '.join(missing)} of {count}: run `bit pack --part …/{count}`.")
     indexes = [json.loads((folder / shards.INDEX).read_text()) for folder in folders]
     first = indexes[0]
     if any(index["classes"] != first["classes"] or index["pack"] != first["pack"] for index in indexes):
-        raise ConfigError(
-            f"the parts below {out / PARTS} are of different pictures or settings: pack all of them again."
-        )
+        raise ConfigError(f"the parts below {parts} are of different pictures or settings: pack all of them again.")
+    out.mkdir(parents=True, exist_ok=True)
     splits: dict[str, Any] = {}
     tables: dict[str, list[pa.Table]] = {}
     for folder, index in zip(folders, indexes, strict=True):

@@ -15,9 +15,11 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -98,11 +100,16 @@ def main(
     return parts.join(about)
 
 
-def find_export(config: Config, tenant: str, version: int | None, alias: str) -> Export:
-    """From the registry, checked against its hash. Raises ConfigError with the choices."""
+def find_export(config: Config, tenant: str, version: int | None, alias: str, out: str = "", run: str = "") -> Export:
+    """From the registry, checked against its hash. Raises ConfigError with the choices.
+
+    run: name of a run of several processes that write beside `out`: all get the version that the first of them found.
+    """
     client = tracking.connect(config.tracking_uri)
     known = {int(found.version): found for found in tracking.versions(client, tenant)}
     found = known.get(version) if version is not None else tracking.version_at(client, tenant, alias)
+    if found is not None and version is None and run:
+        found = known.get(int(pin(out, run, str(found.version))))
     if found is None:
         asked = f"no version {version}" if version is not None else f"no version with the alias {alias!r}"
         raise ConfigError(
@@ -126,7 +133,7 @@ class Parts:
     """Finished pieces of a result, in a folder beside it that goes when the result is there. Paths or fsspec URLs."""
 
     def __init__(self, out: str, plan: dict[str, Any]) -> None:
-        """Raises ConfigError where the folder holds pieces of other work."""
+        """Raises ConfigError where the folder holds pieces of other work; those without a plan are a removal's rest and go."""
         self.out = out
         self.fs, self.path = fsspec.core.url_to_fs(out)
         self.folder = f"{self.path}.parts"
@@ -138,13 +145,15 @@ class Parts:
                     "or choose another --out."
                 )
         else:
-            self._write(noted, json.dumps(plan).encode())
+            if self.fs.exists(self.folder):
+                self.fs.rm(self.folder, recursive=True)
+            _write(self.fs, noted, json.dumps(plan).encode())
         self.count = 0
         while self.fs.exists(self._name(self.count)):
             self.count += 1
 
     def add(self, rows: list[Row]) -> None:
-        self._write(self._name(self.count), _parquet(pa.Table.from_pylist(rows, SCHEMA)))
+        _write(self.fs, self._name(self.count), _parquet(pa.Table.from_pylist(rows, SCHEMA)))
         self.count += 1
 
     def join(self, about: dict[str, Any]) -> tuple[int, int]:
@@ -154,21 +163,38 @@ class Parts:
         ]
         table = pa.concat_tables(found or [SCHEMA.empty_table()])
         table = table.replace_schema_metadata({key: json.dumps(value) for key, value in about.items()})
-        self._write(self.path, _parquet(table))
+        _write(self.fs, self.path, _parquet(table))
         self.fs.rm(self.folder, recursive=True)
         return len(table), len(table) - table["error"].null_count
 
     def _name(self, number: int) -> str:
         return f"{self.folder}/{number:06d}.parquet"
 
-    def _write(self, path: str, data: bytes) -> None:
-        """A file appears whole or not at all; object stores do that by themselves."""
-        local = "file" in self.fs.protocol
-        temporary = f"{path}.tmp" if local else path
-        self.fs.makedirs(os.path.dirname(path), exist_ok=True)
-        self.fs.pipe_file(temporary, data)
-        if local:
-            os.replace(temporary, path)
+
+def pin(out: str, run: str, version: str) -> str:
+    """The version that all slices of a run use: the one that the first of them told, which is kept beside the result."""
+    fs, path = fsspec.core.url_to_fs(f"{out}.{run}.version")
+    if not fs.exists(path):
+        with suppress(FileExistsError):  # another slice was first
+            _write(fs, path, version.encode(), once=True)
+    return fs.cat_file(path).decode()
+
+
+def _write(fs: fsspec.AbstractFileSystem, path: str, data: bytes, once: bool = False) -> None:
+    """A file appears whole or not at all; object stores do that by themselves. once: raises FileExistsError where it is there."""
+    fs.makedirs(os.path.dirname(path), exist_ok=True)
+    if "file" not in fs.protocol:
+        fs.pipe_file(path, data, mode="create" if once else "overwrite")
+        return
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    fs.pipe_file(temporary, data)
+    if once:
+        try:
+            os.link(temporary, path)
+        finally:
+            os.unlink(temporary)
+    else:
+        os.replace(temporary, path)
 
 
 def _in_order(
@@ -190,7 +216,7 @@ def _answer(session: Any, found: Pictures, batch: list[int], top: int) -> list[R
         row: Row = {"picture": found.names[i], "error": None}
         try:
             pixels.append(preprocess.pixels(found.read(i), card.resolution))
-        except (preprocess.PictureError, OSError) as error:
+        except Exception as error:  # each store has errors of its own; one picture must not end a run over millions
             row["error"] = str(error) or type(error).__name__
         rows.append(row)
     if not pixels:

@@ -97,15 +97,13 @@ def main(
     if not compared.changes:
         return said
     told = {"from": str(champion.version) if champion else history.NONE, "to": str(candidate.version), "why": why}
+    new = _load(client, candidate)
     if champion is None:
         with history.record(uri, client, tenant, told, history.PROMOTED):
-            move(client, tenant, candidate)
+            move(client, tenant, candidate, instead_of=None)
         return [*said, "  no champion yet: nothing to hold it against", _moved(candidate)]
 
-    old, new = (
-        replay.load(tracking.export_of(client, found), f"version {found.version} of {tenant}")
-        for found in (champion, candidate)
-    )
+    old = _load(client, champion)
     examples, source = replay.sample(tenant, config.promote.sample, pictures, old, new)
     seen = replay.replay(old, new, examples)
     figures = seen.figures()
@@ -127,7 +125,7 @@ def main(
                 + (", with the pictures that flipped" if seen.flips else "")
                 + ". Change the limits in params.yaml (promote), or override them: --force --why TEXT."
             )
-        move(client, tenant, candidate)
+        move(client, tenant, candidate, instead_of=champion)
     return [*said, _moved(candidate) + (f", forced: {why}" if failed else "")]
 
 
@@ -146,7 +144,7 @@ def rollback(config: Config, tenant: str, why: str = "") -> list[str]:
     target = compare(client, tenant, int(number)).candidate
     told = {"from": str(champion.version), "to": number, "why": why}
     with history.record(uri, client, tenant, told, history.ROLLED_BACK):
-        move(client, tenant, target)
+        move(client, tenant, target, instead_of=champion)
     return [f"{tenant}: back from version {champion.version}", _moved(target)]
 
 
@@ -190,9 +188,22 @@ def compare(client: MlflowClient, tenant: str, version: int | None = None) -> Pr
     return Promotion(tenant, tracking.version_at(client, tenant, tracking.CHAMPION), candidate)
 
 
-def move(client: MlflowClient, tenant: str, version: ModelVersion) -> None:
-    """Running services follow within seconds."""
+def move(client: MlflowClient, tenant: str, version: ModelVersion, instead_of: ModelVersion | None) -> None:
+    """Running services follow within seconds. Raises GateError where `instead_of` isn't the champion any more."""
+    compared, now = (
+        str(found.version) if found else history.NONE
+        for found in (instead_of, tracking.version_at(client, tenant, tracking.CHAMPION))
+    )
+    if now != compared:
+        raise GateError(
+            f"the champion of {tenant} was moved by somebody else meanwhile: it is version {now}, what was compared is "
+            f"version {compared}. Nothing was moved; run the command again to compare with version {now}."
+        )
     client.set_registered_model_alias(tenant, tracking.CHAMPION, str(version.version))
+
+
+def _load(client: MlflowClient, version: ModelVersion) -> replay.Session:
+    return replay.load(tracking.export_of(client, version), f"version {version.version} of {version.name}")
 
 
 def _moved(version: ModelVersion) -> str:

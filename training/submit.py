@@ -8,7 +8,7 @@ runs is joined, what has ended is not run again, and two people who submit at on
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import yaml
 from rich.console import Console
@@ -22,6 +22,7 @@ from training.cluster.manifests import Order, render
 from training.cluster.orders import ended_before, order
 from training.config import Config
 from training.data import remote
+from training.errors import UserError
 from training.hyperrule import HyperRule
 
 DETACHED = 130  # 128 + SIGINT
@@ -50,22 +51,22 @@ def main(config: Config, stage: str, tenant: str | None = None, *, follow: bool 
         say(f"{wanted.name}: succeeded before and was removed; its receipt is back")
         return
     if found is None:
-        _refuse_two([wanted], jobs.find(f"bit/training={wanted.training}"))
+        _refuse_two(wanted, jobs.find(f"bit/training={wanted.training}"))
         jobs.apply(render(wanted, config.cluster))
         say(f"{wanted.name}: submitted to {jobs.host}, namespace {jobs.namespace}: {uses(config, wanted)}")
     else:
         say(f"{wanted.name}: {explain.condition(found).lower()} already; joined")
-    if follow or (found and explain.condition(found) == "Succeeded"):
+    if follow or (found and explain.condition(found) in explain.OVER):
         attach(config, jobs, wanted.name, stage, tenant)
 
 
 def _is_in_vain(config: Config, jobs: Jobs, job: Object, stage: str, tenant: str | None) -> bool:
-    """Whether a job failed, or succeeded and its receipt is lost or damaged."""
+    """Whether a job failed, or succeeded and its receipt is lost. Raises ClusterError where that cannot be told now."""
     if explain.condition(job) != "Succeeded":
         return explain.condition(job) == "Failed"
     try:
-        results.collect(config, jobs.pods(job["metadata"]["name"]), job, stage, tenant)
-    except ClusterError:
+        results.collect(config, jobs.pods(job["metadata"]["name"], PATIENCE_S), job, stage, tenant)
+    except results.LostReceipt:
         return True
     return False
 
@@ -109,8 +110,8 @@ def why(config: Config, ends: list[Object], job: Object, stage: str) -> str:
     """Why a job failed. ends: how its containers ended, where they are known."""
     if explain.condition(job) == "Removed":
         return "somebody cancelled it, or submitted it anew; the same command goes on from its checkpoints, or joins it"
-    url = f"{config.cluster.store}/{job['metadata']['name']}/{pod.WORDS}"
-    return explain.failed(ends, remote.text(url), job, stage, _examples_at_once(config, stage))
+    words = remote.text(f"{results.store_of(config, job)}/{pod.WORDS}")
+    return explain.failed(ends, words, job, stage, _examples_at_once(config, stage))
 
 
 def _examples_at_once(config: Config, stage: str) -> int | None:
@@ -124,73 +125,84 @@ def _examples_at_once(config: Config, stage: str) -> int | None:
 
 
 def fleet(configs: dict[str, Config], *, follow: bool = True, retry: bool = False) -> None:
-    """Submits the fine-tuning of every tenant at once; with `follow` all of them by one watch: one table, then a summary."""
+    """Submits the fine-tuning of every tenant at once; with `follow` all of them by one watch: one table, then a summary.
+
+    A tenant that cannot be submitted leaves the others theirs. Raises JobError with the reason of each that failed.
+    """
     config = next(iter(configs.values()))
     jobs = Jobs(config.cluster)
     every = jobs.of(EVERYWHERE) if config.cluster.tenant_namespace else jobs
+    failures: dict[str, str] = {}
     ends: dict[str, list[Object]] = {}
-    orders = {tenant: order(given, "finetune", tenant) for tenant, given in configs.items()}
     try:
-        ended = _submit_all(configs, orders, jobs, every, retry)
-        if not follow:
-            say(
-                f"{len(orders) - len(ended)} jobs are there, {len(ended)} ended before. `bit submit finetune --all` follows them."
-            )
-            return
+        names, ended = _submit_all(configs, jobs, every, retry, failures)
         submitted = jobs.calls
-        if len(ended) < len(orders):
-            ends = follow_all({wanted.name for wanted in orders.values()}, every, ended)
+        if follow and len(ended) < len(names):
+            ends = follow_all(set(names.values()), every, ended)
     except KeyboardInterrupt:
         say("\ndetached; the jobs go on. Come back with: bit submit finetune --all")
         raise SystemExit(DETACHED) from None
-    failures = {}
-    for tenant, wanted in orders.items():
-        job, own = ended[wanted.name], jobs.of(config.cluster.namespace_of(tenant))
-        try:
-            if explain.condition(job) != "Succeeded":
-                raise ClusterError(why(configs[tenant], ends.get(wanted.name, []), job, "finetune"))
-            pods = own.pods(wanted.name, PATIENCE_S) if "spec" in job else []  # else it ended and was removed before
-            results.collect(configs[tenant], pods, job, "finetune", tenant)
-        except ClusterError as error:
-            failures[tenant] = str(error)
-    show([(tenant, wanted.name, explain.condition(ended[wanted.name])) for tenant, wanted in orders.items()])
-    say(f"{jobs.calls} requests to the API server, {submitted} of them to submit")
+    if follow:
+        for tenant, name in names.items():
+            try:
+                job = ended[name]
+                if explain.condition(job) != "Succeeded":
+                    raise ClusterError(why(configs[tenant], ends.get(name, []), job, "finetune"))
+                own = jobs.of(config.cluster.namespace_of(tenant))
+                pods = own.pods(name, PATIENCE_S) if "spec" in job else []  # else it ended and was removed before
+                results.collect(configs[tenant], pods, job, "finetune", tenant)
+            except ClusterError as error:
+                failures[tenant] = str(error)
+        show([(tenant, name, explain.condition(ended[name])) for tenant, name in names.items()])
+        say(f"{jobs.calls} requests to the API server, {submitted} of them to submit")
+    else:
+        still = len(names) - len(ended)
+        say(f"{still} jobs are there, {len(ended)} ended before. `bit submit finetune --all` follows them.")
     if failures:
         told = "\n".join(f"{tenant}: {reason.splitlines()[-1]}" for tenant, reason in failures.items())
-        raise JobError(f"{len(failures)} of {len(orders)} failed; --retry runs them again:\n{told}")
+        raise JobError(f"{len(failures)} of {len(configs)} failed; --retry runs them again:\n{told}")
 
 
 def _submit_all(
-    configs: dict[str, Config], orders: dict[str, Order], jobs: Jobs, every: Jobs, retry: bool
-) -> dict[str, Object]:
-    """Submits what is not there yet. Returns what need not run: jobs that ended, were removed and left their receipt."""
+    configs: dict[str, Config], jobs: Jobs, every: Jobs, retry: bool, failures: dict[str, str]
+) -> tuple[dict[str, str], dict[str, Object]]:
+    """Submits what is not there yet. failures: gets the reason of each tenant that cannot be.
+
+    Returns the jobs' names by tenant, and what need not run: jobs that ended, were removed and left their receipt.
+    """
+    names: dict[str, str] = {}
     ended: dict[str, Object] = {}
     found = every.find(FLEET)
-    _refuse_two(orders.values(), found)
     there = {job["metadata"]["name"]: job for job in found}
-    for tenant, wanted in orders.items():
-        own = jobs.of(configs[tenant].cluster.namespace_of(tenant))
-        if retry and wanted.name in there and _is_in_vain(configs[tenant], own, there[wanted.name], "finetune", tenant):
-            _clear(configs[tenant], own, there.pop(wanted.name))
-        if wanted.name in there:
-            continue
-        if not retry and ended_before(configs[tenant], wanted.name):
-            done = {"type": "Succeeded", "status": "True"}
-            ended[wanted.name] = {"metadata": {"name": wanted.name}, "status": {"conditions": [done]}}
-        else:
-            own.apply(render(wanted, configs[tenant].cluster))
-    return ended
+    for tenant, config in configs.items():
+        own = jobs.of(config.cluster.namespace_of(tenant))
+        try:
+            wanted = order(config, "finetune", tenant)
+            _refuse_two(wanted, found)
+            job = there.get(wanted.name)
+            if job and retry and _is_in_vain(config, own, job, "finetune", tenant):
+                _clear(config, own, job)
+                job = None
+            if job is None and not retry and ended_before(config, wanted.name):
+                done = {"type": "Succeeded", "status": "True"}
+                ended[wanted.name] = {"metadata": {"name": wanted.name}, "status": {"conditions": [done]}}
+            elif job is None:
+                own.apply(render(wanted, config.cluster))
+            names[tenant] = wanted.name
+        except (UserError, OSError) as error:
+            failures[tenant] = str(error)
+            say(f"{tenant}: {error}")
+    return names, ended
 
 
-def _refuse_two(orders: Iterable[Order], found: list[Object]) -> None:
+def _refuse_two(wanted: Order, found: list[Object]) -> None:
     """Two live jobs of one training would overwrite each other's checkpoints. Raises ClusterError."""
-    wanted = {order.training: order.name for order in orders}
     for job in found:
         name, training = job["metadata"]["name"], job["metadata"]["labels"].get("bit/training")
-        if wanted.get(training, name) != name and explain.condition(job) not in explain.OVER:
+        if training == wanted.training and name != wanted.name and explain.condition(job) not in explain.OVER:
             raise ClusterError(
                 f"{name} is the same training with another image, micro_batch or the like, and still there: `bit attach {name}` "
-                f"follows it; after `bit cancel {name}` {wanted[training]} goes on from its checkpoint."
+                f"follows it; after `bit cancel {name}` {wanted.name} goes on from its checkpoint."
             )
 
 
@@ -202,7 +214,7 @@ def _clear(config: Config, jobs: Jobs, job: Object) -> None:
     while (left := jobs.get(name)) and left["metadata"]["uid"] == uid:
         time.sleep(0.5)
     for file in (pod.WORDS, receipt.FILE):
-        remote.remove(f"{config.cluster.store}/{name}/{file}")
+        remote.remove(f"{results.store_of(config, job)}/{file}")
 
 
 def show(rows: Sequence[tuple[str, str, str]]) -> None:

@@ -36,10 +36,9 @@ from services.inference.errors import (
 from services.inference.exchange import Exchange, Route, Scope, route_of
 from services.inference.follower import Follower
 from services.inference.metrics import Metrics
-from services.inference.mlflow_registry import MLflowRegistry
 from services.inference.models import Cold, Models, Served
 from services.inference.pages import Pages, pages
-from services.inference.registry import FolderRegistry, RegistryDown
+from services.inference.registry import FolderRegistry, Registry, RegistryDown
 from services.inference.scheduler import Scheduler, Work
 from services.inference.settings import MiB, Settings
 from services.inference.tally import Tally
@@ -48,6 +47,7 @@ from services.inference.tenants import Tenants
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Rows = list[NDArray[np.float32]]
+Answers = list[dict[str, Any]]
 
 log = logging.getLogger("bit.serve")
 JSON = (b"content-type", b"application/json")
@@ -64,19 +64,21 @@ class App:
         self.tally = Tally(self.metrics, AccessLog() if settings.access_log else None)
         self.models = Models(settings.memory_mb * MiB, settings.pinned)
         self.tenants, self.room = Tenants(settings.tenants), bodies.Room(settings.max_bodies_mb * MiB)
-        registry = (
-            FolderRegistry(settings.models)
-            if settings.models
-            else MLflowRegistry(
-                settings.tracking_uri, Cache(settings.cache_dir, settings.cache_mb * MiB), settings.write_back
-            )
-        )
+        registry: Registry
+        if settings.models:
+            registry = FolderRegistry(settings.models)
+        else:
+            from services.inference.mlflow_registry import MLflowRegistry  # its client is a quarter of the import
+
+            cache = Cache(settings.cache_dir, settings.cache_mb * MiB)
+            registry = MLflowRegistry(settings.tracking_uri, cache, settings.write_back)
         given = (settings.poll_interval_s, settings.max_batch, frozenset(settings.only))
         self.follower = Follower(registry, self.models, self.metrics, *given)
         self.draining = asyncio.Event()
         parts = (self.models, self.follower, self.metrics, self.tally, self.tenants)
         self.pages = pages(Pages(*parts, settings, self.draining))
         self.scheduler: Scheduler
+        self.explainers = explain.explainers(settings.workers)  # whose threads start with the first explanation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -99,24 +101,15 @@ class App:
             self.metrics,
         )
         self.follower.start()
-        watch = asyncio.create_task(self._watch_tenants())
+        watch = asyncio.create_task(self.tenants.follow(given.poll_interval_s))
         await send({"type": "lifespan.startup.complete"})
         await receive()
         watch.cancel()
         await asyncio.to_thread(self.follower.stop)
         await asyncio.to_thread(self.scheduler.close)
+        self.explainers.shutdown()
         await asyncio.to_thread(self.tally.close)
         await send({"type": "lifespan.shutdown.complete"})
-
-    async def _watch_tenants(self) -> None:
-        """Keys and quotas follow their file; one that cannot be read leaves in force what was."""
-        while self.tenants.path is not None:
-            await asyncio.sleep(self.settings.poll_interval_s)
-            try:
-                if self.tenants.reload():
-                    log.info("keys and quotas read again from %s", self.tenants.path)
-            except (OSError, ValueError) as error:
-                log.error("keys and quotas stay as they were: %s", error)
 
     async def _answer(self, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(*route, scope, dict(scope["headers"]))
@@ -133,17 +126,20 @@ class App:
         finally:
             self.in_flight -= 1
         if len(data) > LONG_ANSWER and (coding := bodies.accepted(exchange.headers.get(b"accept-encoding", b""))):
-            if len(data) > LONG_BODY:  # seconds for tens of megabytes, in which nobody else would be answered
-                data = await asyncio.to_thread(bodies.compress, data, coding)
-            else:
-                data = bodies.compress(data, coding)
+            long = len(data) > LONG_BODY  # seconds for tens of megabytes, in which nobody else would be answered
+            data = await asyncio.to_thread(bodies.compress, data, coding) if long else bodies.compress(data, coding)
             extra.append((b"content-encoding", coding))
         if self.draining.is_set():
             extra.append(bodies.CLOSE)
         extra += [(b"content-length", b"%d" % len(data)), (b"x-request-id", exchange.request_id.encode("latin-1"))]
-        await send({"type": "http.response.start", "status": status, "headers": extra})
-        await send({"type": "http.response.body", "body": data})
         self.tally.note(exchange, status, len(data))
+        held = len(data) if len(data) > LONG_BODY else 0  # until it was read: slow readers hold memory too
+        self.room.taken_bytes += held
+        try:
+            await send({"type": "http.response.start", "status": status, "headers": extra})
+            await send({"type": "http.response.body", "body": data})
+        finally:
+            self.room.give_back(held)
 
     async def _serve(self, exchange: Exchange, receive: Receive) -> tuple[bytes, Headers]:
         """The answer's body and headers. Everything before the body is read is cheap."""
@@ -153,10 +149,13 @@ class App:
         exchange.asker = self.tenants.authorize(exchange.tenant, headers)
         size = bodies.announced(headers, limit)
         exchange.deadline = exchange.began + exchange.timeout_s(self.settings.timeout_ms)
-        exchange.served, exchange.alias = await self._find(exchange)
-        self.scheduler.check(exchange.tenant)
+        cold = self._find(exchange)
+        if cold is None:
+            self.scheduler.check(exchange.version)
         with self.tenants.admit(exchange.tenant, size) as quota:
             exchange.quota = quota
+            if cold is not None:  # also who waits for a version counts as running
+                exchange.served, exchange.alias = await self._load(exchange, cold), cold.wanted.alias
             came = bodies.Counted(receive)
             try:
                 body = await bodies.read(came if not size else receive, headers, limit, self.room)
@@ -170,29 +169,36 @@ class App:
     async def _reply(self, exchange: Exchange, body: bytes) -> tuple[bytes, Headers]:
         if exchange.action == "infer":
             return await self._infer(exchange, body)
-        pictures, names = bodies.pictures(body, exchange.headers, self.settings.max_pictures)
+        parts = (body, exchange.headers, self.settings.max_pictures)
+        if len(body) > LONG_BODY and bodies.is_form(exchange.headers):  # seconds, made by somebody who means it
+            pictures, names = await asyncio.to_thread(bodies.pictures, *parts)
+        else:
+            pictures, names = bodies.pictures(*parts)
         answer = self._classify if exchange.action == "classify" else self._features
         return await answer(exchange, pictures, names)
 
-    async def _find(self, exchange: Exchange) -> tuple[Served, str]:
-        """The version asked for, loaded first where it isn't in memory. Raises NotFound, Unavailable, DeadlineExceeded."""
+    def _find(self, exchange: Exchange) -> Cold | None:
+        """Notes the version asked for; what must be loaded where it isn't in memory. Raises NotFound."""
         try:
-            return self.models.find(exchange.name, exchange.wanted, exchange.asker)
+            exchange.served, exchange.alias = self.models.find(exchange.name, exchange.wanted, exchange.asker)
         except NotFound as error:
             raise self.follower.not_found(error, exchange.name) from None
-        except Cold as error:
-            cold = error
+        except Cold as cold:
+            return cold
+        return None
+
+    async def _load(self, exchange: Exchange, cold: Cold) -> Served:
+        """Raises Unavailable, DeadlineExceeded."""
         loading = self.follower.load(cold)
         if self.settings.cold == "refuse":
             raise Unavailable(f"{exchange.name!r} is being loaded; try again", after_s=2)
         try:
             async with asyncio.timeout(exchange.deadline - time.monotonic()):
-                served = await asyncio.shield(asyncio.wrap_future(loading))
+                return await asyncio.shield(asyncio.wrap_future(loading))
         except TimeoutError:
             raise DeadlineExceeded(f"{exchange.name!r} was still loading when the deadline passed") from None
         except (Refused, RegistryDown) as error:
             raise Unavailable(f"version {cold.wanted.version} of {exchange.tenant!r} cannot be loaded", 10) from error
-        return served, cold.wanted.alias
 
     async def _classify(
         self, exchange: Exchange, pictures: list[bytes], names: list[str] | None
@@ -206,19 +212,20 @@ class App:
         rows = await self._run(exchange, pictures, outputs)
         answers = [protocol.classification(served, row, top) for row in rows[0]]
         if how != "0":
-            await asyncio.to_thread(self._explain, answers, pictures, rows, how)
+            await self._explain(exchange, answers, pictures, rows[1:], how)
         return self._told(exchange, answers, names), [JSON, *exchange.origin()]
 
-    def _explain(self, answers: list[dict[str, Any]], pictures: list[bytes], rows: Rows, how: str) -> None:
-        for answer, picture, feature_map in zip(answers, pictures, rows[1], strict=True):
-            best = answer["predictions"][0]
-            heat = explain.activation_map(feature_map, rows[2], best["index"])
-            told: dict[str, Any] = {"class": best["class"]}
-            if how == "overlay":
-                told["overlay"] = explain.overlay(picture, heat, self.settings.max_pixels)
-            else:
-                told["map"] = [[round(float(value), 4) for value in row] for row in heat]
-            answer["explanation"] = told
+    async def _explain(self, exchange: Exchange, answers: Answers, pictures: list[bytes], rows: Rows, how: str) -> None:
+        """Beside the workers and after them, but at the tenant's expense."""
+
+        def charged() -> None:
+            began, limits = time.thread_time(), (self.settings.max_pixels, exchange.deadline)
+            try:
+                explain.explain(answers, pictures, rows, how == "overlay", *limits)
+            finally:
+                self.scheduler.charge(exchange.tenant, (time.thread_time() - began) / exchange.quota.weight)
+
+        await asyncio.get_running_loop().run_in_executor(self.explainers, charged)
 
     async def _features(
         self, exchange: Exchange, pictures: list[bytes], names: list[str] | None
@@ -232,7 +239,7 @@ class App:
             return await asyncio.to_thread(self._told, exchange, answers, names), [JSON, *exchange.origin()]
         return self._told(exchange, answers, names), [JSON, *exchange.origin()]
 
-    def _told(self, exchange: Exchange, answers: list[dict[str, Any]], names: list[str] | None) -> bytes:
+    def _told(self, exchange: Exchange, answers: Answers, names: list[str] | None) -> bytes:
         """One answer for a plain body; a list of them for a form, whatever the number of its files."""
         served = exchange.version
         who = {
@@ -248,17 +255,12 @@ class App:
         return orjson.dumps(told, option=orjson.OPT_SERIALIZE_NUMPY)
 
     async def _infer(self, exchange: Exchange, body: bytes) -> tuple[bytes, Headers]:
-        length = exchange.headers.get(b"inference-header-content-length")
-        if length is not None and not length.isdigit():
-            raise BadRequest("Inference-Header-Content-Length must be a number")
-        served = exchange.version
-        parts = (body, int(length) if length else None, served.session.card.resolution)
-        if len(body) > LONG_BODY and not length:  # megabytes of JSON would hold up everybody else
+        length, served, given = exchange.json_length(), exchange.version, self.settings
+        parts = (body, length, served.session.card.resolution, given.max_pictures, given.max_json_bytes)
+        if (len(body) if length is None else length) > LONG_BODY:  # long JSON would hold up everybody else
             request = await asyncio.to_thread(protocol.parse, *parts)
         else:
             request = protocol.parse(*parts)
-        if len(request.data) > self.settings.max_pictures:
-            raise BadRequest(f"{len(request.data)} pictures; at most {self.settings.max_pictures} are answered at once")
         rows = await self._run(exchange, request.data, request.outputs)
         data, json_length = protocol.render(served, exchange.name, request, rows)
         if json_length is None:

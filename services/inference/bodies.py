@@ -1,17 +1,20 @@
 """A request's body: read within limits of size and time, decompressed, taken apart. Nothing here knows of models."""
 
 import asyncio
+import itertools
 import zlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import File, create_form_parser
+from python_multipart.multipart import Field, File, create_form_parser
 
 from services.inference.errors import BadRequest, RequestTimeout, TooLarge, Unavailable, UnsupportedMedia
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 CLOSE = (b"connection", b"close")  # what the client still sends is not worth reading
+PIECE, MOST_MEMBERS = 64 * 1024, 10_000  # bytes decompressed at once, parts of one gzip body
+MOST_FIELDS = 64  # of a form, beside its files
 WINDOW = {b"gzip": 31, b"deflate": 15}  # zlib's wbits for each content coding
 
 
@@ -58,7 +61,7 @@ class Room:
 
 
 async def read(receive: Receive, headers: dict[bytes, bytes], limit: int, room: Room) -> bytes:
-    """The whole body, decompressed, for which the caller gives its room back; connections.py limits its time.
+    """The whole body, decompressed, for which the caller gives its room back; wire.py limits its time.
 
     Raises TooLarge, RequestTimeout, Unavailable, BadRequest.
     """
@@ -96,19 +99,28 @@ async def _read(receive: Receive, limit: int, room: Room) -> bytes:
 
 
 def decompress(body: bytes, wbits: int, limit: int) -> bytes:
-    """zlib or gzip data, never more than `limit` bytes of it: a bomb is refused before it is unpacked."""
+    """zlib or gzip data, all members of it, never more than `limit` bytes: a bomb is refused before it is unpacked."""
+    parts: list[bytes] = []
+    at = size = members = 0
     try:
-        engine = zlib.decompressobj(wbits)
-        data = engine.decompress(body, limit + 1)
+        while at < len(body) and (wbits == WINDOW[b"gzip"] or not members):
+            engine, members = zlib.decompressobj(wbits), members + 1
+            while not engine.eof:
+                piece = body[at : at + PIECE]
+                if not piece or members > MOST_MEMBERS:
+                    raise BadRequest(
+                        "the compressed body is cut off" if not piece else "the body has too many gzip members"
+                    )
+                parts.append(engine.decompress(piece, limit + 1 - size))
+                size += len(parts[-1])
+                if size > limit:
+                    raise _too_large(limit)
+                at += len(piece) - len(engine.unused_data) - len(engine.unconsumed_tail)
     except zlib.error as error:
         if wbits == WINDOW[b"deflate"]:
             return decompress(body, -15, limit)  # "deflate" without zlib's frame, as some clients send it
         raise BadRequest(f"the body cannot be decompressed: {error}") from None
-    if len(data) > limit:
-        raise _too_large(limit)
-    if not engine.eof:
-        raise BadRequest("the compressed body is cut off")
-    return data
+    return b"".join(parts)
 
 
 def accepted(header: bytes) -> bytes | None:
@@ -125,18 +137,28 @@ def compress(data: bytes, coding: bytes) -> bytes:
     return engine.compress(data) + engine.flush()
 
 
+def is_form(headers: dict[bytes, bytes]) -> bool:
+    return headers.get(b"content-type", b"").split(b";")[0].strip().lower() == b"multipart/form-data"
+
+
 def pictures(body: bytes, headers: dict[bytes, bytes], limit: int) -> tuple[list[bytes], list[str] | None]:
     """The body's pictures, and the names of a multipart form's files; None for a plain body of one picture.
 
     Raises BadRequest for an empty body, a broken form, or more pictures than `limit`.
     """
-    media = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if media != b"multipart/form-data":
+    if not is_form(headers):
         if not body:
             raise BadRequest("the body is empty; send the bytes of one picture")
         return [body], None
     found: list[bytes] = []
     names: list[str] = []
+    fields = itertools.count(1)
+
+    def skip(field: Field) -> None:
+        if next(fields) > MOST_FIELDS:
+            raise BadRequest(
+                f"the form has more than {MOST_FIELDS} fields; send each picture as a part with a filename"
+            )
 
     def take(file: File) -> None:
         if len(found) == limit:
@@ -148,7 +170,7 @@ def pictures(body: bytes, headers: dict[bytes, bytes], limit: int) -> tuple[list
 
     parts = {"Content-Type": headers[b"content-type"]}
     try:
-        parser = create_form_parser(parts, None, take, config={"MAX_MEMORY_FILE_SIZE": len(body) + 1})  # no disk
+        parser = create_form_parser(parts, skip, take, config={"MAX_MEMORY_FILE_SIZE": len(body) + 1})  # no disk
         parser.write(body)
         parser.finalize()
     except FormParserError as error:

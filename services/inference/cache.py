@@ -77,32 +77,31 @@ class Cache:
             log.warning("the export %s… cannot be kept in %s: %s", sha256[:12], self.folder, error)
 
     def remember(self, wanted: Wanted, sha256: str) -> None:
-        """Notes what an alias has now; an export that no alias had lately is removed."""
+        """Notes what an alias has now; an export that no alias had for a day is removed."""
         key, value = f"{wanted.tenant}/{wanted.alias}", [wanted.version, sha256]
         before = self._known.get(key)
         if before == value:
             return
         self._known[key] = value
+        self._save(before[1] if before else "")
+
+    def forget(self, tenant: str, alias: str) -> None:
+        """The alias is gone from the registry: no start serves it again, and its export goes after a day like any other."""
+        if (before := self._known.pop(f"{tenant}/{alias}", None)) is not None:
+            self._save(before[1])
+
+    def _save(self, left: str) -> None:
+        """left: hash of the export that an alias left; its day begins now."""
         try:
             self._write(self.index, json.dumps(self._known, indent=1, sort_keys=True).encode())
-            kept = {digest for _, digest in self._known.values()} | {before[1] if before else ""}
+            with suppress(FileNotFoundError):
+                os.utime(self.folder / f"{left}.onnx")
+            kept = {digest for _, digest in self._known.values()}
             for used, _, path in self._files():
                 if path.stem not in kept and time.time() - used > KEPT_S:
                     path.unlink(missing_ok=True)
         except OSError as error:
             log.warning("%s cannot be written: %s", self.index, error)
-
-    def forget(self, tenant: str, alias: str) -> None:
-        """The alias is gone from the registry: its export goes too, unless another alias has the same."""
-        before = self._known.pop(f"{tenant}/{alias}", None)
-        if before is None:
-            return
-        try:
-            self._write(self.index, json.dumps(self._known, indent=1, sort_keys=True).encode())
-            if (sha256 := before[1]) not in {digest for _, digest in self._known.values()}:
-                (self.folder / f"{sha256}.onnx").unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("%s@%s cannot be removed from %s: %s", tenant, alias, self.folder, error)
 
     def _files(self) -> list[tuple[float, int, Path]]:
         """(last use, bytes, path) of the exports and of what a process that was killed left half-written; oldest use first."""

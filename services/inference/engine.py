@@ -66,6 +66,10 @@ class Session:
 
     def check_golden(self) -> float:
         """Answers the pictures inside the export; returns the largest difference. Raises Refused above the tolerance."""
+        if not self.card.golden:
+            raise Refused(
+                "the export has no golden pictures, so nobody can tell whether it answers as it did in training"
+            )
         worst = 0.0
         for golden in self.card.golden:
             pixels = preprocess.pixels(base64.b64decode(golden["picture"]), self.card.resolution)
@@ -73,9 +77,12 @@ class Session:
             expected = np.asarray(golden["probabilities"], np.float32)
             if answered.shape != expected.shape:
                 raise Refused(f"golden answer has {expected.size} classes, the network {answered.size}")
-            worst = max(worst, float(np.abs(answered - expected).max()))
-        if worst > TOLERANCE:
-            raise Refused(f"golden answers are off by {worst:.3g} (at most {TOLERANCE:g} is allowed)")
+            if answered.size != len(self.card.classes):
+                raise Refused(f"the export names {len(self.card.classes)} classes, the network answers {answered.size}")
+            difference = float(np.abs(answered - expected).max())
+            if not difference <= TOLERANCE:  # NaN is not, and larger than nothing either
+                raise Refused(f"golden answers are off by {difference:.3g} (at most {TOLERANCE:g} is allowed)")
+            worst = max(worst, difference)
         return worst
 
     def warm_up(self, max_batch: int) -> None:

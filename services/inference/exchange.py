@@ -16,6 +16,7 @@ Scope = MutableMapping[str, Any]
 Route = tuple[str, str, str | None]  # action, name, version
 
 NO_QUOTA = Quota()
+MOST_DIGITS = 9  # of a number in a request: Python refuses to read one of 5,000
 DRAWN = random.Random()  # noqa: S311 (a request's id is no secret; the system's source of randomness costs a call into the kernel)
 
 
@@ -72,9 +73,20 @@ class Exchange:
     def top(self) -> int | None:
         """How many classes `?top=` asks for. Raises BadRequest."""
         top = self.query().get("top")
-        if top is not None and (not top.isascii() or not top.isdigit() or int(top) < 1):
-            raise BadRequest(f"top={top!r} must be a whole number from 1")
-        return int(top) if top else None
+        if top is None:
+            return None
+        if not top.isascii() or not top.isdigit() or len(top) > MOST_DIGITS or int(top) < 1:
+            raise BadRequest(f"top={top[:20]!r} must be a whole number from 1")
+        return int(top)
+
+    def json_length(self) -> int | None:
+        """Bytes of JSON before binary tensors, None where the whole body is JSON. Raises BadRequest."""
+        given = self.headers.get(b"inference-header-content-length")
+        if given is None:
+            return None
+        if not given.isdigit() or len(given) > MOST_DIGITS:
+            raise BadRequest("Inference-Header-Content-Length must be a number of bytes")
+        return int(given)
 
     def timeout_s(self, default_ms: float) -> float:
         """Seconds that the request may take: header X-Timeout-Ms, at most the service's own limit. Raises BadRequest."""

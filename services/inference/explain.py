@@ -5,14 +5,46 @@ constant: the map shows what every place added, not an approximation (Zhou et al
 """
 
 import base64
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from services import preprocess
+from services.inference.errors import DeadlineExceeded
+from services.inference.priority import give_way
 
 LONGEST_SIDE = 512  # of an overlay
+NICENESS = 10  # explaining gives way to answering
+
+
+def explainers(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "explain", give_way, (NICENESS,))
+
+
+def explain(
+    answers: list[dict[str, Any]],
+    pictures: list[bytes],
+    rows: list[NDArray[np.float32]],
+    as_overlay: bool,
+    max_pixels: int,
+    deadline: float,
+) -> None:
+    """Adds `explanation` to each answer; rows: feature maps, head_weight. Raises DeadlineExceeded."""
+    for answer, picture, feature_map in zip(answers, pictures, rows[0], strict=True):
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded("the deadline passed before every picture was explained")
+        best = answer["predictions"][0]
+        heat = activation_map(feature_map, rows[1], best["index"])
+        told: dict[str, Any] = {"class": best["class"]}
+        if as_overlay:
+            told["overlay"] = overlay(picture, heat, max_pixels)
+        else:
+            told["map"] = [[round(float(value), 4) for value in row] for row in heat]
+        answer["explanation"] = told
 
 
 def activation_map(

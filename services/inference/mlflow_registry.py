@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from services.inference import states
 from services.inference.aliases import ALIASES, CHAMPION, Wanted
 from services.inference.cache import Cache
 from services.inference.errors import Refused
@@ -15,40 +16,68 @@ from services.inference.registry import RegistryDown
 UPSTREAM_MODEL = "bit-upstream"  # weights for training, nothing to serve
 PROMOTIONS = "promotions"  # experiment that holds the history of every tenant's champion
 EXPORT = "model.onnx"
+STATE = "serving.state"
 API = "/api/2.0/mlflow"
+REFUSALS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS")  # MLflow's error codes
 TOGETHER_MS = 60_000  # instances that write the same promotion within this have seen the same one
+EMPTY_BELIEVED_S = 300.0  # an account that lost its rights, or a fresh database, answers like a registry without models
 
 
 class MLflowRegistry:
     """MLflow's registry. One request answers for all tenants; an alias that moved shows as another version.
 
     write_back: whether the account may write (tag `serving.state`, history of promotions); reading is enough without it.
+    believe_empty_s: how long no alias at all must be seen before that is true.
     """
 
-    def __init__(self, uri: str, cache: Cache, write_back: bool) -> None:
-        self.write_back, self.cache = write_back, cache
+    def __init__(self, uri: str, cache: Cache, write_back: bool, believe_empty_s: float = EMPTY_BELIEVED_S) -> None:
+        self.write_back, self.cache, self.believe_empty_s = write_back, cache, believe_empty_s
         self.http = httpx.Client(base_url=uri.rstrip("/"), timeout=httpx.Timeout(10, read=120), auth=_account())
         self._tags: dict[tuple[str, str], dict[str, str]] = {}
+        self._had_some = False
+        self._empty_since: float | None = None
 
     def poll(self) -> set[Wanted]:
+        """Raises RegistryDown also for an answer that isn't MLflow's, and where all aliases vanished at once, at first."""
+        empty_since, self._empty_since = self._empty_since, None  # an answer that fails, or shows some, begins anew
+        try:
+            wanted = self._aliases()
+        except (Refused, KeyError, TypeError, AttributeError) as error:
+            raise RegistryDown(f"what answers at {self.http.base_url} is no registry of MLflow: {error!r}") from error
+        if wanted:
+            self._had_some = True
+        elif self._had_some or self.cache.remembered():
+            now = time.monotonic()
+            self._empty_since = empty_since or now
+            if now - self._empty_since < self.believe_empty_s:
+                raise RegistryDown(
+                    "MLflow shows no alias any more, of any model: is the database another one, may the account still read? "
+                    f"Believed when it lasts {self.believe_empty_s:g} s"
+                )
+        self._tags = {key: tags for key, tags in self._tags.items() if any(_is(w, key) for w in wanted)}
+        return wanted
+
+    def _aliases(self) -> set[Wanted]:
         wanted, token = set(), ""
         while True:
             query = {"max_results": 1000, **({"page_token": token} if token else {})}
-            page = self._get(f"{API}/registered-models/search", query).json()
+            page = self._get(f"{API}/registered-models/search", query)
             for model in page.get("registered_models", []):
                 for alias in model.get("aliases", []):
                     if alias["alias"] in ALIASES and model["name"] != UPSTREAM_MODEL:
                         wanted.add(Wanted(model["name"], alias["alias"], str(alias["version"])))
             token = page.get("next_page_token", "")
             if not token:
-                self._tags = {key: tags for key, tags in self._tags.items() if any(_is(w, key) for w in wanted)}
                 return wanted
 
     def remembered(self) -> set[Wanted]:
         return self.cache.remembered()
 
     def size_bytes(self, wanted: Wanted) -> int:
+        """Also looks at the version's tags anew: who was refused for a missing one may have it now."""
+        self._tags.pop((wanted.tenant, wanted.version), None)
         try:
+            self._expected_sha256(wanted)
             size = self._tags_of(wanted).get("size_bytes", "0")
         except RegistryDown:
             return self.cache.size_bytes(self._known_sha256(wanted))
@@ -63,21 +92,26 @@ class MLflowRegistry:
         if (cached := self.cache.read(expected)) is not None:
             return cached, expected
         query = {"name": wanted.tenant, "version": wanted.version, "path": EXPORT}
-        data = self._get("/model-versions/get-artifact", query).content
+        data = self._send("GET", "/model-versions/get-artifact", params=query).content
         digest = hashlib.sha256(data).hexdigest()
         if digest != expected:
+            self._tags.pop((wanted.tenant, wanted.version), None)
             raise Refused(f"the export hashes to {digest[:12]}…, the version's tag sha256 says {expected[:12]}…")
         self.cache.write(expected, data)
         return data, expected
 
     def report(self, wanted: Wanted, state: str) -> None:
-        if not state.startswith("refused"):
+        kind = states.kind(state)
+        if kind in states.SERVED:
             self.cache.remember(wanted, self._expected_sha256(wanted))
         if not self.write_back:
             return
-        tag = {"name": wanted.tenant, "version": wanted.version, "key": "serving.state", "value": state}
-        self._send("POST", f"{API}/model-versions/set-tag", json=tag)
-        if wanted.alias == CHAMPION and state.startswith("live"):
+        tags = self._tags_of(wanted)
+        if kind not in states.KEPT.get(states.kind(tags.get(STATE, "")), ()):
+            tag = {"name": wanted.tenant, "version": wanted.version, "key": STATE, "value": state}
+            self._send("POST", f"{API}/model-versions/set-tag", json=tag)
+            tags[STATE] = state
+        if wanted.alias == CHAMPION and kind in (states.LIVE, states.COLD):
             self._record(wanted)
 
     def forget(self, tenant: str, alias: str) -> None:
@@ -104,30 +138,32 @@ class MLflowRegistry:
             "start_time": now_ms,
             "tags": [{"key": key, "value": value} for key, value in tags.items()],
         }
-        run_id = self._send("POST", f"{API}/runs/create", json=run).json()["run"]["info"]["run_id"]
+        run_id = self._post("runs/create", run)["run"]["info"]["run_id"]
         ended = {"run_id": run_id, "status": "FINISHED", "end_time": now_ms}
-        self._send("POST", f"{API}/runs/update", json=ended)
-        history = self._history(experiment, wanted)
-        same = [(start, other) for start, other, told in history if move.items() <= told.items()]
-        if any(now_ms - start < TOGETHER_MS and (start, other) < (now_ms, run_id) for start, other in same):
-            self._send("POST", f"{API}/runs/delete", json={"run_id": run_id})
+        self._post("runs/update", ended)
+        # The last one before it only: v1 → v2, back, and v1 → v2 again are three moves, however quick.
+        earlier = [entry for entry in self._history(experiment, wanted) if entry[:2] < (now_ms, run_id)]
+        start, _, told = max(earlier, key=lambda entry: entry[:2], default=(0, "", {}))
+        if now_ms - start < TOGETHER_MS and move.items() <= told.items():
+            self._post("runs/delete", {"run_id": run_id})
 
     def _is_champion(self, wanted: Wanted) -> bool:
         """Whether the alias is still there: a slow instance must not write down a move that is history already."""
         query = {"name": wanted.tenant, "alias": CHAMPION}
-        found = self._get(f"{API}/registered-models/alias", query).json()["model_version"]
+        found = self._get(f"{API}/registered-models/alias", query)["model_version"]
         return str(found["version"]) == wanted.version
 
     def _promotions(self) -> str:
         """Id of the experiment that holds the history."""
-        found = self._get(f"{API}/experiments/get-by-name", {"experiment_name": PROMOTIONS}, missing=True)
-        if found is not None:
-            return found.json()["experiment"]["experiment_id"]
+        path, query = f"{API}/experiments/get-by-name", {"experiment_name": PROMOTIONS}
         try:
-            return self._send("POST", f"{API}/experiments/create", json={"name": PROMOTIONS}).json()["experiment_id"]
+            return self._get(path, query)["experiment"]["experiment_id"]
+        except Refused:
+            pass
+        try:
+            return self._post("experiments/create", {"name": PROMOTIONS})["experiment_id"]
         except Refused:  # another instance was first
-            found = self._get(f"{API}/experiments/get-by-name", {"experiment_name": PROMOTIONS})
-            return found.json()["experiment"]["experiment_id"]
+            return self._get(path, query)["experiment"]["experiment_id"]
 
     def _history(self, experiment: str, wanted: Wanted) -> list[tuple[int, str, dict[str, str]]]:
         """(start in ms, run id, tags) of a tenant's latest promotions, newest first.
@@ -140,7 +176,7 @@ class MLflowRegistry:
             "order_by": ["attributes.start_time DESC"],
             "max_results": 20,
         }
-        runs = self._send("POST", f"{API}/runs/search", json=query).json().get("runs", [])
+        runs = self._post("runs/search", query).get("runs", [])
         found = []
         for run in runs:
             info, tags = run["info"], {tag["key"]: tag["value"] for tag in run["data"].get("tags", [])}
@@ -152,7 +188,7 @@ class MLflowRegistry:
         key = (wanted.tenant, wanted.version)
         if key not in self._tags:
             query = {"name": wanted.tenant, "version": wanted.version}
-            found = self._get(f"{API}/model-versions/get", query).json()["model_version"]
+            found = self._get(f"{API}/model-versions/get", query)["model_version"]
             self._tags[key] = {tag["key"]: tag["value"] for tag in found.get("tags", [])}
         return self._tags[key]
 
@@ -171,22 +207,35 @@ class MLflowRegistry:
             raise RegistryDown("MLflow does not answer, and the version was never served here")
         return known
 
-    def _get(self, path: str, query: dict[str, Any], missing: bool = False) -> Any:
-        return self._send("GET", path, missing=missing, params=query)
+    def _get(self, path: str, query: dict[str, Any]) -> Any:
+        return _told(self._send("GET", path, params=query))
 
-    def _send(self, method: str, path: str, missing: bool = False, **content: Any) -> Any:
-        """missing: whether 404 is an answer (None) rather than a refusal."""
+    def _post(self, what: str, content: dict[str, Any]) -> Any:
+        return _told(self._send("POST", f"{API}/{what}", json=content))
+
+    def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
+        """Raises Refused where MLflow itself says that there is no such thing, RegistryDown for all else but success."""
         try:
             response = self.http.request(method, path, **content)
         except httpx.HTTPError as error:
             raise RegistryDown(f"MLflow does not answer: {error}") from error
-        if response.status_code == 404 and missing:
-            return None
-        if response.status_code in (400, 404):
+        if response.is_success:
+            return response
+        # A proxy on the way has pages of its own for 400 and 404.
+        if response.status_code in (400, 404) and _told(response).get("error_code") in REFUSALS:
             raise Refused(f"MLflow has no {path.rsplit('/', 1)[-1]} for it (status {response.status_code})")
-        if response.is_error:
-            raise RegistryDown(f"MLflow answered {response.status_code} to {path}")
-        return response
+        raise RegistryDown(f"MLflow answered {response.status_code} to {path}")
+
+
+def _told(response: httpx.Response) -> dict[str, Any]:
+    """The answer's JSON object. Raises RegistryDown for anything else: a login page, say."""
+    try:
+        told = response.json()
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        raise RegistryDown(f"{response.url.path} was answered {response.status_code} without JSON: is it MLflow?")
+    return told
 
 
 def _account() -> tuple[str, str] | None:

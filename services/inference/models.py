@@ -33,7 +33,10 @@ class Stats:
 
 @dataclass(eq=False)
 class Served:
-    """One version in memory. size_bytes: what loading it added to the process, at least the file's size."""
+    """One version in memory. size_bytes: what loading it added to the process, at least the file's size.
+
+    alias: the one that it was loaded for, or that left it last.
+    """
 
     tenant: str
     version: str
@@ -41,6 +44,7 @@ class Served:
     session: Session
     golden_difference: float
     size_bytes: int
+    alias: str = CHAMPION
     since: float = field(default_factory=time.time)
     used: float = field(default_factory=time.monotonic)
     replaced: float | None = None  # when its last alias left it
@@ -116,7 +120,7 @@ class Models:
         """Takes a version into memory; returns those that gave way."""
         with self._lock:
             self._pool[served.tenant, served.version] = served
-            self._left(served.tenant, served.version)  # its alias may have moved on while it was loading
+            self._left(served.tenant, served.alias, served.version)  # its alias may have moved on while it was loading
             return self._evict(served)
 
     def point(self, wanted: Wanted) -> str | None:
@@ -127,21 +131,22 @@ class Models:
             self._aliases[key] = wanted.version
             if served := self._pool.get((wanted.tenant, wanted.version)):
                 served.replaced = None
-            self._left(wanted.tenant, old)
+            self._left(wanted.tenant, wanted.alias, old)
             return old
 
     def unpoint(self, tenant: str, alias: str) -> None:
         """The alias is gone from the registry."""
         with self._lock:
-            self._left(tenant, self._aliases.pop((tenant, alias), None))
+            self._left(tenant, alias, self._aliases.pop((tenant, alias), None))
 
     def tidy(self) -> list[Served]:
-        """Drops versions that were replaced long ago, or of which a newer one was replaced since; returns them."""
+        """Drops versions that were replaced long ago, or after which their alias left another one too; returns them."""
         with self._lock:
             now, dropped = time.monotonic(), []
             replaced = [s for s in self._pool.values() if s.replaced is not None]
             for served in sorted(replaced, key=lambda s: s.replaced or 0.0):
-                newer = any(o.tenant == served.tenant and (o.replaced or 0) > (served.replaced or 0) for o in replaced)
+                same = [other for other in replaced if (other.tenant, other.alias) == (served.tenant, served.alias)]
+                newer = any((other.replaced or 0.0) > (served.replaced or 0.0) for other in same)
                 if newer or now - (served.replaced or 0.0) > KEEP_REPLACED_S:
                     dropped.append(self._pool.pop((served.tenant, served.version)))
             return dropped
@@ -151,10 +156,10 @@ class Models:
         with self._lock:
             return [self._pool.pop(key) for key in list(self._pool) if key[0] == tenant]
 
-    def _left(self, tenant: str, version: str | None) -> None:
+    def _left(self, tenant: str, alias: str, version: str | None) -> None:
         still = any(t == tenant and v == version for (t, _), v in self._aliases.items())
         if version is not None and not still and (served := self._pool.get((tenant, version))):
-            served.replaced = time.monotonic()
+            served.replaced, served.alias = time.monotonic(), alias
 
     def _evict(self, newest: Served) -> list[Served]:
         """Replaced versions first, then the least recently used, until the rest is within the budget."""

@@ -15,7 +15,15 @@ from starlette.routing import Route
 
 from services.inference import bodies, openapi, protocol
 from services.inference.aliases import CHAMPION, Wanted
-from services.inference.errors import BadRequest, NotFound, Refused, ServiceError, Unavailable, Unsupported
+from services.inference.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    NotFound,
+    Refused,
+    ServiceError,
+    Unavailable,
+    Unsupported,
+)
 from services.inference.follower import Follower
 from services.inference.metrics import Metrics
 from services.inference.models import Cold, Models, Served
@@ -87,7 +95,7 @@ class Pages:
 
     async def model(self, request: Request) -> Response:
         served, name = await self._served(request)
-        told = protocol.metadata(served, name, self._aliases(served))
+        told = protocol.metadata(served, name, self._aliases(served), self._versions(served, name))
         told["parameters"]["refused"] = [r for r in self._refusals() if r["tenant"] == served.tenant]
         return JSONResponse(told)
 
@@ -166,6 +174,9 @@ class Pages:
         assert isinstance(error, HTTPException)
         return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
 
+    async def refuse_unforeseen(self, request: Request, error: Exception) -> Response:
+        return JSONResponse({"error": "internal error"}, 500)  # the server logs it whole
+
     def _owner(self, request: Request) -> str:
         return self.tenants.owner(dict(request.scope["headers"]))
 
@@ -183,12 +194,23 @@ class Pages:
             raise self.follower.not_found(error, name) from None
         except Cold as cold:
             try:
-                return await asyncio.shield(asyncio.wrap_future(self.follower.load(cold)))  # others wait for it too
+                async with asyncio.timeout(self.settings.timeout_ms / 1000):
+                    return await asyncio.shield(asyncio.wrap_future(self.follower.load(cold)))  # others wait for it too
+            except TimeoutError:
+                raise DeadlineExceeded(f"{name!r} is still being loaded; try again") from None
             except (Refused, RegistryDown) as error:
                 raise Unavailable(f"{name!r} cannot be loaded", 10) from error
 
     def _aliases(self, served: Served) -> list[str]:
         return [w.alias for w in self.models.aliases(served.tenant) if w.version == served.version]
+
+    def _versions(self, served: Served, name: str) -> list[str]:
+        """What can be addressed under the name: the asked one first, those that aliases have, those still in memory."""
+        if "@" in name:
+            return [served.version]
+        pointed = [wanted.version for wanted in self.models.aliases(served.tenant)]
+        warm = [one.version for one in self.models.all() if one.tenant == served.tenant]
+        return list(dict.fromkeys([served.version, *pointed, *warm]))
 
     def _told(self, wanted: Wanted) -> dict[str, Any]:
         served = self.models.get(wanted.tenant, wanted.version)
@@ -244,7 +266,7 @@ def pages(own: Pages) -> Starlette:
             Route("/v2/repository/models/{name}/unload", own.unload, methods=["POST"]),
             *unsupported,
         ],
-        exception_handlers={ServiceError: own.refuse, HTTPException: own.refuse_http},
+        exception_handlers={ServiceError: own.refuse, HTTPException: own.refuse_http, Exception: own.refuse_unforeseen},
     )
 
 

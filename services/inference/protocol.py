@@ -3,7 +3,6 @@
 Specification: https://github.com/kserve/open-inference-protocol (REST) and Triton's binary data extension.
 """
 
-import base64
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,11 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from services.inference import tensors
 from services.inference.engine import OUTPUTS
 from services.inference.errors import BadRequest, Unsupported
 from services.inference.models import Served
+from services.inference.tensors import short
 
 INPUTS = ("pixels", "picture")
 PLATFORM = "onnxruntime_onnx"
@@ -35,8 +36,10 @@ class InferRequest:
     classification: dict[str, int]
 
 
-def parse(body: bytes, json_length: int | None, resolution: int) -> InferRequest:
-    """An infer request's body; json_length is the header Inference-Header-Content-Length. Raises BadRequest.
+def parse(
+    body: bytes, json_length: int | None, resolution: int, most_pictures: int, most_json_bytes: int
+) -> InferRequest:
+    """An infer request's body; json_length is the header Inference-Header-Content-Length. Raises BadRequest, TooLarge.
 
     Length 0 is Triton's "raw binary request": the body is the single input, here one encoded picture.
     """
@@ -44,10 +47,7 @@ def parse(body: bytes, json_length: int | None, resolution: int) -> InferRequest
         return InferRequest(None, [body], ("probabilities",), frozenset(("probabilities",)), {})
     if json_length is not None and not 0 <= json_length <= len(body):
         raise BadRequest(f"Inference-Header-Content-Length {json_length} does not fit a body of {len(body)} bytes")
-    try:
-        request = orjson.loads(body if json_length is None else body[:json_length])
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
+    request = tensors.loads(body if json_length is None else body[:json_length], most_json_bytes)
     if not isinstance(request, dict) or not isinstance(request.get("inputs"), list) or len(request["inputs"]) != 1:
         raise BadRequest("the body needs `inputs` with one tensor, `pixels` or `picture`")
     tensor, tail = request["inputs"][0], b"" if json_length is None else body[json_length:]
@@ -56,15 +56,18 @@ def parse(body: bytes, json_length: int | None, resolution: int) -> InferRequest
     wanted = request.get("outputs") or [{"name": "probabilities"}]
     if not isinstance(wanted, list) or not all(isinstance(output, dict) for output in wanted):
         raise BadRequest("`outputs` must be a list of objects with a `name`")
-    if any("shared_memory_region" in _parameters(holder) for holder in (tensor, *wanted)):
+    if any("shared_memory_region" in tensors.parameters(holder) for holder in (tensor, *wanted)):
         raise Unsupported("this server has no shared memory: send and receive tensors in the body")
-    data = _pixels(tensor, tail, resolution) if tensor["name"] == "pixels" else _pictures(tensor, tail)
-    all_binary = bool(_parameters(request).get("binary_data_output"))
+    if tensor["name"] == "pixels":
+        data: NDArray[np.uint8] | list[bytes] = tensors.pixels(tensor, tail, resolution, most_pictures)
+    else:
+        data = tensors.pictures(tensor, tail, most_pictures)
+    all_binary = bool(tensors.parameters(request).get("binary_data_output"))
     binary, classification = set(), {}
     for output in wanted:
-        name, parameters = str(output.get("name")), _parameters(output)
-        if name not in OUTPUTS:
-            raise BadRequest(f"unknown output {name!r}. Choices: {', '.join(OUTPUTS)}.")
+        name, parameters = output.get("name"), tensors.parameters(output)
+        if not isinstance(name, str) or name not in OUTPUTS:
+            raise BadRequest(f"unknown output {short(name)}. Choices: {', '.join(OUTPUTS)}.")
         if parameters.get("binary_data", all_binary):
             binary.add(name)
         if count := parameters.get("classification", 0):
@@ -72,80 +75,12 @@ def parse(body: bytes, json_length: int | None, resolution: int) -> InferRequest
                 raise BadRequest("`classification` is a number of classes, for the output `probabilities`")
             classification[name] = count
     identifier = request.get("id")
+    if not isinstance(identifier, str | int | None):
+        raise BadRequest(f"`id` must be a string, not {short(identifier)}")
     names = tuple(str(output["name"]) for output in wanted)
     if len(set(names)) < len(names):
         raise BadRequest(f"each output can be asked for once, not {', '.join(names[:8])}")
     return InferRequest(None if identifier is None else str(identifier), data, names, frozenset(binary), classification)
-
-
-def _parameters(holder: dict[str, Any]) -> dict[str, Any]:
-    parameters = holder.get("parameters") or {}
-    if not isinstance(parameters, dict):
-        raise BadRequest("`parameters` must be an object")
-    return parameters
-
-
-def _pictures(tensor: dict[str, Any], raw: bytes) -> list[bytes]:
-    """Encoded pictures: a BYTES tensor [n], each element 4 bytes of length (little-endian) and the bytes; in JSON, base64."""
-    shape, size = tensor.get("shape"), _parameters(tensor).get("binary_data_size")
-    if tensor.get("datatype") != "BYTES" or not isinstance(shape, list) or len(shape) not in (1, 2):
-        raise BadRequest("`picture` has the datatype BYTES and the shape [n]")
-    if size is None:
-        found = _from_base64(tensor.get("data"))
-    elif size == len(raw):
-        found = _elements_of(raw)
-    else:
-        raise BadRequest(f"`picture` has the binary_data_size {size}, {len(raw)} bytes came")
-    if not found or len(found) != shape[0] or shape[1:] not in ([], [1]):
-        raise BadRequest(f"`picture` has the shape {shape}, but {len(found)} elements came")
-    return found
-
-
-def _elements_of(raw: bytes) -> list[bytes]:
-    found: list[bytes] = []
-    at = 0
-    while at < len(raw):
-        length = int.from_bytes(raw[at : at + 4], "little")
-        if at + 4 + length > len(raw):
-            raise BadRequest(f"element {len(found)} of `picture` is {length} bytes long, more than came")
-        found.append(raw[at + 4 : at + 4 + length])
-        at += 4 + length
-    return found
-
-
-def _from_base64(data: Any) -> list[bytes]:
-    """Flat ["…", "…"] or as a column [["…"], ["…"]]."""
-    flat = (
-        [one[0] if isinstance(one, list) and len(one) == 1 else one for one in data] if isinstance(data, list) else []
-    )
-    try:
-        return [base64.b64decode(text, validate=True) for text in flat]
-    except (TypeError, ValueError):
-        raise BadRequest("`picture` in JSON needs `data` with each picture's bytes as base64") from None
-
-
-def _pixels(tensor: dict[str, Any], raw: bytes, resolution: int) -> NDArray[np.uint8]:
-    if tensor.get("datatype") != "UINT8":
-        raise BadRequest(f"`pixels` has the datatype UINT8, not {tensor.get('datatype')!r}")
-    shape = tensor.get("shape")
-    expected = [resolution, resolution, 3]
-    if not isinstance(shape, list) or shape[1:] != expected or not isinstance(shape[0], int) or shape[0] < 1:
-        raise BadRequest(f"`pixels` has the shape [n, {resolution}, {resolution}, 3], not {shape}")
-    size = _parameters(tensor).get("binary_data_size")
-    count = shape[0] * resolution * resolution * 3
-    if size is not None:
-        if size != count or len(raw) != count:
-            raise BadRequest(f"shape {shape} is {count} bytes; binary_data_size is {size}, {len(raw)} bytes came")
-        return np.frombuffer(raw, np.uint8).reshape(shape)
-    try:
-        values = np.asarray(tensor.get("data"))
-    except ValueError:
-        raise BadRequest("`data` is ragged: its rows differ in length") from None
-    if values.size != count or values.dtype.kind not in "iu":
-        raise BadRequest(f"`data` must hold {count} integers for the shape {shape}")
-    if values.min() < 0 or values.max() > 255:
-        raise BadRequest("`data` must hold values from 0 to 255")
-    return values.astype(np.uint8).reshape(shape)
 
 
 def render(
@@ -199,12 +134,15 @@ def _elements(texts: list[list[str]]) -> bytes:
     return b"".join(len(text).to_bytes(4, "little") + text for text in encoded)
 
 
-def metadata(served: Served, name: str, aliases: list[str]) -> dict[str, Any]:
-    """GET v2/models/{name}: the tensors, and beneath `parameters` what the version says of itself."""
+def metadata(served: Served, name: str, aliases: list[str], versions: list[str]) -> dict[str, Any]:
+    """GET v2/models/{name}: the tensors, and beneath `parameters` what the version says of itself.
+
+    versions: all that can be addressed under this name.
+    """
     side, classes = served.session.card.resolution, len(served.session.card.classes)
     return {
         "name": name,
-        "versions": [served.version],
+        "versions": versions,
         "platform": PLATFORM,
         "inputs": [{"name": "pixels", "datatype": "UINT8", "shape": [-1, side, side, 3]}],
         "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [-1, classes]}],

@@ -67,7 +67,8 @@ class Usage:
         return received_s * 0.5 ** ((now - at) / HALF_LIFE_S)
 
     def add(self, tenant: str, cost_s: float, now: float) -> None:
-        self._received[tenant] = (self.of(tenant, now) + cost_s, now)
+        """cost_s: below zero where less was received than was reckoned before."""
+        self._received[tenant] = (max(0.0, self.of(tenant, now) + cost_s), now)
 
 
 class Scheduler:
@@ -87,7 +88,7 @@ class Scheduler:
         self.max_queue_s, self.max_pixels, self.max_decode_s = max_queue_ms / 1000, max_pixels, max_decode_ms / 1000
         self.metrics, self.workers = metrics, workers
         self._lanes: dict[str, Lane] = {}  # tenants that have work waiting
-        self._usage = Usage()
+        self.usage = Usage()
         self._picture_s: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
         metrics.queue.set_function(
             lambda: self.queue_s
@@ -105,24 +106,38 @@ class Scheduler:
         """How long the work that waits will take."""
         return sum(lane.waiting_s for lane in list(self._lanes.values())) / self.workers
 
-    def check(self, tenant: str) -> None:
-        """Whether another request of this tenant may wait; cheap enough to ask before its body is read.
+    def check(self, served: Served, pictures: int = 1) -> None:
+        """Whether another request may wait; cheap enough to ask before its body is read. Raises Unavailable.
 
-        Each of n waiting tenants has an nth of the queue, so that nobody can fill it for all. Raises Unavailable.
+        Each of n waiting tenants has an nth of the queue, so that nobody can fill it for all; when it is full, only those who
+        stay within that may wait, so that many tenants together cannot make it longer than twice its length.
         """
         if self._closed:
             raise Unavailable("the service is shutting down; ask another instance")
-        lane = self._lanes.get(tenant)
-        if lane is not None:
-            waiting_s, share_s = lane.waiting_s / self.workers, self.max_queue_s / len(self._lanes)
-            if waiting_s > share_s:
-                raise Unavailable(f"{waiting_s * 1000:.0f} ms of your work are waiting; try again", after_s=waiting_s)
+        lane = self._lanes.get(served.tenant)
+        waiting_s = lane.waiting_s / self.workers if lane else 0.0
+        share_s = self.max_queue_s / (len(self._lanes) + (lane is None))
+        if waiting_s + self.cost_s(served, pictures) / self.workers <= share_s:
+            return
+        if waiting_s > 0:  # a request alone may be larger than its share: else it would never be answered
+            raise Unavailable(f"{waiting_s * 1000:.0f} ms of your work are waiting; try again", after_s=waiting_s)
+        if (queue_s := self.queue_s) > self.max_queue_s:
+            raise Unavailable(f"{queue_s * 1000:.0f} ms of work are waiting; try again", after_s=queue_s)
+
+    def charge(self, tenant: str, cost_s: float) -> None:
+        """Counts work that was done for a tenant outside the workers; cost_s is divided by its weight already."""
+        with self._ready:
+            self.usage.add(tenant, cost_s, time.monotonic())
+
+    def cost_s(self, served: Served, pictures: int) -> float:
+        """Seconds of a worker that they will take, as far as is known."""
+        return pictures * self._picture_s.get(served.session, FIRST_GUESS_S)
 
     async def submit(self, work: Work) -> list[NDArray[np.float32]]:
         """The named outputs for the request's pictures, one row each. Raises a ServiceError."""
         tenant = work.served.tenant
-        self.check(tenant)
-        work.cost_s = len(work) * self._picture_s.get(work.served.session, FIRST_GUESS_S)
+        self.check(work.served, len(work))
+        work.cost_s = self.cost_s(work.served, len(work))
         with self._ready:
             lane = self._lanes.get(tenant)
             if lane is None:
@@ -148,15 +163,20 @@ class Scheduler:
             ready = [work for work in alive if self._decode(work)]
             if ready:
                 self._infer(ready)
-            if count := sum(map(len, alive)):
-                batch[0].served.stats.executions += 1
-                batch[0].served.stats.pictures += count
-                busy_s = time.monotonic() - began
-                self.metrics.busy.inc(busy_s)
-                session, took = batch[0].served.session, busy_s / count
-                known = self._picture_s.get(session, took)
-                self._picture_s[session] = known + 0.1 * (took - known)
-            del batch, alive, ready  # or an idle worker would keep a replaced version in memory
+            busy_s, first = time.monotonic() - began, batch[0]
+            self.metrics.busy.inc(busy_s)
+            reckoned_s = sum(work.cost_s for work in batch)  # by a guess, which pictures of other sizes make wrong
+            self.charge(first.served.tenant, (busy_s - reckoned_s) / first.weight)
+            del batch, alive, ready, first  # or an idle worker would keep a replaced version in memory
+
+    def _learn(self, answered: list[Work]) -> None:
+        """What a picture of this version costs, by those that were answered: what cannot be decoded costs next to nothing."""
+        served, count = answered[0].served, sum(map(len, answered))
+        served.stats.executions += 1
+        served.stats.pictures += count
+        took_s = sum(work.timings.get("decode", 0.0) for work in answered) + answered[0].timings["infer"]
+        known = self._picture_s.get(served.session, took_s / count)
+        self._picture_s[served.session] = known + (1 - 0.9**count) * (took_s / count - known)
 
     def _take(self) -> list[Work]:
         """The next request of the tenant that received least, and those behind it for the same session and outputs.
@@ -169,7 +189,7 @@ class Scheduler:
                     return []
                 self._ready.wait()
             now = time.monotonic()
-            tenant = min(self._lanes, key=lambda name: self._usage.of(name, now))
+            tenant = min(self._lanes, key=lambda name: self.usage.of(name, now))
             lane = self._lanes[tenant]
             queue = lane.queue
             first = queue.popleft()
@@ -182,7 +202,7 @@ class Scheduler:
                 batch.append(queue.popleft())
                 count += len(following)
                 cost_s += following.cost_s
-            self._usage.add(tenant, cost_s / first.weight, now)
+            self.usage.add(tenant, cost_s / first.weight, now)
             lane.waiting_s -= cost_s
             if not queue:
                 del self._lanes[tenant]
@@ -235,6 +255,7 @@ class Scheduler:
             ]
             start += len(work)
             answered.append((work.answer, rows))
+        self._learn(batch)
         self._loop.call_soon_threadsafe(_resolve, answered)  # once a batch: each call wakes the loop
 
     def _fail(self, work: Work, error: Exception) -> None:

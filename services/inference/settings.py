@@ -41,12 +41,18 @@ class Settings(BaseSettings):
     timeout_ms: float = Field(30_000, gt=0, description="deadline of a request that names none")
 
     max_body_bytes: int = Field(20 * MiB, ge=1, description="largest request body, also after decompression")
+    max_json_bytes: int = Field(
+        4 * MiB,
+        ge=1,
+        description="largest JSON of tensors (one picture of 480 × 480 is 2.5 MB); binary tensors hold more",
+    )
     max_bodies_mb: int = Field(256, ge=1, description="memory for the bodies of all requests at once")
     max_pictures: int = Field(64, ge=1, description="largest number of pictures in one request")
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture that is decoded")
     max_decode_ms: float = Field(2_000, gt=0, description="time for decoding the pictures of one request")
     header_timeout_s: float = Field(10, gt=0, description="a connection that sends no complete header is closed")
     body_timeout_s: float = Field(20, gt=0, description="a body that takes longer gets 408")
+    answer_timeout_s: float = Field(60, gt=0, description="an answer that is not read in this time is cut off")
     keep_alive_s: float = Field(
         75, gt=0, description="idle connections are kept this long; longer than a balancer does"
     )

@@ -4,6 +4,7 @@ The event loop only notes that a request was answered. A thread counts what was 
 it would between two requests (measured: the processor's caches hold the code), and no answer waits for it.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -17,6 +18,7 @@ from services.inference.exchange import Exchange
 from services.inference.metrics import Metrics
 from services.inference.models import Served
 
+log = logging.getLogger("bit.tally")
 STAGES = {"queue": "queue", "decode": "compute_input", "infer": "compute_infer"}  # our name → Triton's
 TOGETHER_S = 0.05
 
@@ -75,7 +77,10 @@ class Tally:
         while not self._closing.is_set():
             self._waiting.wait()
             self._closing.wait(TOGETHER_S)
-            self.count()
+            try:
+                self.count()
+            except Exception:  # of one bundle; without this thread what is noted would fill the memory
+                log.exception("answers were not counted")
 
     def _count(self, answers: list[Answered]) -> None:
         for answer in answers:

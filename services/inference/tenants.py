@@ -10,8 +10,10 @@ that its plain SHA-256 tells nothing about it. `bit-serve-key acme --file tenant
 """
 
 import argparse
+import asyncio
 import hashlib
 import json
+import logging
 import os
 import secrets
 import string
@@ -27,6 +29,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from services.inference.errors import Forbidden, TooManyRequests, Unauthorized
 
+log = logging.getLogger("bit.tenants")
 ANYBODY = "*"
 Headers = dict[bytes, bytes]
 
@@ -53,6 +56,9 @@ class Quota(BaseModel):
     concurrent: int | None = Field(None, ge=1)
     bytes_per_s: float | None = Field(None, gt=0)
     weight: float = Field(1.0, gt=0)
+
+    def same_limits(self, other: Self) -> bool:
+        return self.model_dump(exclude={"keys"}) == other.model_dump(exclude={"keys"})
 
 
 FILE = TypeAdapter(dict[str, Quota])
@@ -126,8 +132,19 @@ class Tenants:
             raise ValueError(f"{self.path} is not a file of tenants: {_told(error)}") from None
         self._seen, self.quotas = seen, quotas
         self.owners = {digest: name for name, quota in quotas.items() for digest in quota.keys}
-        self._gates = {}  # running requests finish on the gates that let them in
+        # What was used stays used, except where the limits changed: there, running requests finish on the gate that let them in.
+        self._gates = {name: gate for name, gate in self._gates.items() if gate.quota.same_limits(self._quota(name))}
         return True
+
+    async def follow(self, interval_s: float) -> None:
+        """Keys and quotas follow their file; one that cannot be read leaves in force what was."""
+        while self.path is not None:
+            await asyncio.sleep(interval_s)
+            try:
+                if self.reload():
+                    log.info("keys and quotas read again from %s", self.path)
+            except (OSError, ValueError) as error:
+                log.error("keys and quotas stay as they were: %s", error)
 
     def owner(self, headers: Headers) -> str:
         """Whose key the request carries (`Authorization: Bearer …` or `X-Api-Key`). Raises Unauthorized."""
@@ -155,8 +172,7 @@ class Tenants:
         """Counts a request against its tenant's quota while it runs. Raises TooManyRequests with when to come again."""
         gate = self._gates.get(tenant)
         if gate is None:
-            quota = self.quotas.get(tenant) or self.quotas.get(ANYBODY) or Quota()
-            gate = self._gates[tenant] = Gate(quota, self.clock)
+            gate = self._gates[tenant] = Gate(self._quota(tenant), self.clock)
         quota = gate.quota
         if quota.concurrent is not None and gate.running >= quota.concurrent:
             raise TooManyRequests(f"{quota.concurrent} requests of {tenant!r} are running, its limit")
@@ -172,6 +188,9 @@ class Tenants:
             yield quota
         finally:
             gate.running -= 1
+
+    def _quota(self, tenant: str) -> Quota:
+        return self.quotas.get(tenant) or self.quotas.get(ANYBODY) or Quota()
 
     def charge(self, tenant: str, size_bytes: int) -> None:
         """Counts a body whose length no header told (chunked): its debt delays those after it."""

@@ -1,10 +1,12 @@
 """charts/inference: what it renders, as objects, and what a real API server says to it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from services.inference import openapi
 from services.inference.settings import Settings
 from services.inference.tenants import FILE
 from tests.charts.helm import CHARTS, environment, helm, pod_of, render
@@ -277,3 +279,19 @@ def test_an_hpa_cannot_be_asked_for_zero() -> None:
     assert helm("template", "bit", CHART, *zero, "--set", "autoscaling.by=keda").returncode == 0
     done = helm("template", "bit", CHART, *zero, "--set", "autoscaling.by=hpa")
     assert "enabled" in done.stderr
+
+
+def test_what_leads_in_from_outside_leads_to_every_path_but_the_metrics() -> None:
+    """Which need no key, so that Prometheus is easily set up inside."""
+    [rule] = render("inference", "keda")["Ingress"]["spec"]["rules"]
+    led = {(path["path"], path["pathType"]) for path in rule["http"]["paths"]}
+    [route] = render("inference", "hpa")["HTTPRoute"]["spec"]["rules"]
+    kinds = {"Exact": "Exact", "PathPrefix": "Prefix"}
+    assert led == {(one["path"]["value"], kinds[one["path"]["type"]]) for one in route["matches"]}
+    served = {re.sub(r"\{.*", "", path).rstrip("/") or "/" for path in openapi.document("0")["paths"]} | {
+        "/",
+        "/static/x",
+    }
+    for path in served - {"/metrics"}:
+        assert any(path == to or (kind == "Prefix" and path.startswith(f"{to}/")) for to, kind in led), path
+    assert not any(to in ("/", "/metrics") and kind == "Prefix" for to, kind in led)

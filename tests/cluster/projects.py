@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -78,6 +79,11 @@ def project(template: Path, root: Path, store: Path, *, seed: int, runner: str =
             params[section] = params.get(section, {}) | own if isinstance(own, dict) else own
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     return root
+
+
+def drawn() -> int:
+    """A seed that no job of the cluster has had: a test that is tried again is not to meet its earlier job."""
+    return secrets.randbelow(2**31)
 
 
 def edit(root: Path, change: Callable[[Any], object], names: tuple[str, ...] = ("pretrain", "finetune")) -> None:

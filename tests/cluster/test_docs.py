@@ -26,7 +26,7 @@ PICTURES = 1e8
 ACTIVATIONS_MB = {"R50x1": 40, "R101x1": 60, "R152x2": 171}  # engine.memory.picture_bytes, 224 pixels, bf16
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with clusters.running(tmp_path_factory.mktemp("cluster"), "kwok,training-operator,kueue-crds") as cluster:
         yield cluster

@@ -32,11 +32,13 @@ def unplaced(message: str) -> Object:
     return pod(conditions=[{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}])
 
 
-def workload(*conditions: Object, uid: str = "u1", came: str = "2026-01-01", priority: int = 0) -> Object:
+def workload(
+    *conditions: Object, uid: str = "u1", came: str = "2026-01-01", priority: int = 0, namespace: str = "bit"
+) -> Object:
     labels = {"kueue.x-k8s.io/job-uid": uid}
     spec = {"queueName": "training", "priority": priority}
     return {
-        "metadata": {"labels": labels, "creationTimestamp": came},
+        "metadata": {"labels": labels, "creationTimestamp": came, "namespace": namespace},
         "spec": spec,
         "status": {"conditions": list(conditions)},
     }
@@ -76,7 +78,9 @@ def test_the_place_in_the_queue_counts_who_waits_and_goes_ahead() -> None:
     earlier, later = workload(QUOTA, uid="u2", came="2026-01-02"), workload(QUOTA, uid="u3", came="2026-01-04")
     urgent = workload(QUOTA, uid="u4", came="2026-01-05", priority=100)
     admitted = workload({"type": "QuotaReserved", "status": "True"}, uid="u5", came="2026-01-01")
-    assert "number 3 of 4 there" in explain.waiting(SUSPENDED, [], [], [admitted, later, own, urgent, earlier])
+    elsewhere = workload(QUOTA, uid="u6", came="2026-01-01", namespace="bit-acme")  # its queue has the same name
+    queue = [admitted, later, own, urgent, earlier, elsewhere]
+    assert "number 3 of 4 there" in explain.waiting(SUSPENDED, [], [], queue)
 
 
 FAILED = {"type": "Failed", "status": "True", "reason": "PyTorchJobFailed", "message": "the specified backoff limit"}

@@ -163,7 +163,14 @@ def test_why_tenants_wait_and_fail_is_told_for_all_of_them(
 
     def killed(times: int) -> None:
         ended = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
-        told = {"name": "pytorch", "image": "x", "imageID": "", "ready": True, "restartCount": times, "lastState": ended}
+        told = {
+            "name": "pytorch",
+            "image": "x",
+            "imageID": "",
+            "ready": True,
+            "restartCount": times,
+            "lastState": ended,
+        }
         running = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
         status("pod", f"{a}-worker-0", {"phase": "Running", "containerStatuses": [told | {"state": running}]})
 
@@ -177,7 +184,11 @@ def test_why_tenants_wait_and_fail_is_told_for_all_of_them(
     )
     resume = json.dumps({"spec": {"runPolicy": {"suspend": False}}})
     prepared.kubectl("patch", "-n", "bit", "--type=merge", "-p", resume, f"pytorchjob/{a}", f"pytorchjob/{b}")
-    wait_for(lambda: says(f"{a}: no node of the pool gke-nodepool=cpu has enough cpu (asks for 900) free", "; 1 more like it"))
+    wait_for(
+        lambda: says(
+            f"{a}: no node of the pool gke-nodepool=cpu has enough cpu (asks for 900) free", "; 1 more like it"
+        )
+    )
     killed(1)
     wait_for(lambda: says(f"{a}: started again 1 time; killed for memory (OOMKilled)"))
     killed(100)  # more than backoffLimit: the operator gives up, and takes the pod away
@@ -187,6 +198,77 @@ def test_why_tenants_wait_and_fail_is_told_for_all_of_them(
     [told] = failures
     assert "why-a: killed for memory (OOMKilled)" in told
     assert "why-b: somebody cancelled it" in told
+
+
+def test_retry_runs_again_what_failed_or_lost_its_receipt_and_nothing_else(
+    prepared: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(with_tenants(tmp_path, ["retry-a"]))
+    monkeypatch.setenv("KUBECONFIG", str(prepared.kubeconfig))
+
+    def job() -> dict[str, Any]:
+        selector = ("-n", "bit", "-l", "bit/tenant=retry-a")
+        [found] = prepared.get("pytorchjobs", *selector)["items"]
+        return found
+
+    def submit(*arguments: str) -> str:
+        cli.build()(["submit", "finetune", "retry-a", "--detach", *arguments], standalone_mode=False)
+        return job()["metadata"]["uid"]
+
+    def end(condition: str) -> None:
+        since = "2026-01-01T00:00:00Z"
+        row = {"type": condition, "status": "True", "reason": condition, "message": "", "lastUpdateTime": since}
+        patch = json.dumps({"status": {"conditions": [row | {"lastTransitionTime": since}]}})
+
+        def ended() -> bool:
+            prepared.kubectl(
+                "patch", "pytorchjob", name, "-n", "bit", "--subresource=status", "--type=merge", "-p", patch
+            )
+            return told(job(), condition)
+
+        wait_for(ended)
+
+    first = submit()
+    name = job()["metadata"]["name"]
+    left = tmp_path / "store" / name / "receipt.json"
+    good = json.dumps({"config_hash": "", "inputs": {}, "run_id": "", "stage": "finetune", "tenant": "retry-a"})
+    assert submit("--retry") == first  # it runs
+    write(left, good)
+    end("Succeeded")
+    assert submit("--retry") == first
+    left.unlink()
+    left.mkdir()  # a store that answers with an error: whether the receipt is lost cannot be told
+    with pytest.raises(ClusterError, match="cannot be read now"):
+        submit("--retry")
+    assert job()["metadata"]["uid"] == first
+    left.rmdir()
+    second = submit("--retry")  # it is lost
+    assert second != first
+    write(left, good[:-5])
+    end("Succeeded")
+    third = submit("--retry")  # it is damaged
+    assert third not in (first, second)
+    assert not left.exists()
+    write(left.with_name("error.txt"), "the program's own words")
+    end("Failed")
+    with pytest.raises(ClusterError, match="the program's own words"):
+        submit()
+    assert submit("--retry") not in (first, second, third)
+    assert not left.with_name("error.txt").exists()
+
+
+def test_a_tenant_that_cannot_be_submitted_leaves_the_others_theirs(
+    prepared: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = with_tenants(tmp_path, ["left-a", "left-b"])
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("KUBECONFIG", str(prepared.kubeconfig))
+    (root / "runs" / "pack" / "left-a" / "receipt.json").unlink()
+    with pytest.raises(ClusterError, match=r"1 of 2 failed.*\nleft-a: .*run the stage 'pack' first"):
+        cli.build()(["submit", "finetune", "--all", "--detach"], standalone_mode=False)
+    [job] = prepared.get("pytorchjobs", "-n", "bit", "-l", "bit/tenant in (left-a,left-b)")["items"]
+    assert job["metadata"]["labels"]["bit/tenant"] == "left-b"
+    prepared.kubectl("delete", "pytorchjob", "-n", "bit", job["metadata"]["name"])
 
 
 def told(job: dict[str, Any], condition: str) -> bool:

@@ -18,6 +18,7 @@ from training import receipt
 from training.cluster.manifests import ManifestError, Object, Order, check, read, render
 from training.cluster.orders import order
 from training.config import ClusterConfig, Config, FinetuneConfig, NodesConfig
+from training.data.dataset import Dataset
 
 ROOT = K8S.parent
 IMAGE = f"x@sha256:{'1' * 64}"
@@ -84,7 +85,8 @@ def test_what_is_rendered_for_a_pool_lands_there(prepared: Cluster, pool: str, l
     if labels == "bit":
         prepared.kubectl("label", "node", place, f"bit/pool={pool}", "--overwrite")
     other = {"cloud.google.com/gke-nodepool": "cpu"} if pool == "cpu" else {}
-    nodes = NodesConfig(pool=pool, cpu="1", memory="1Gi", node_selector=other)
+    chips = 8 if pool == "tpu" else 1
+    nodes = NodesConfig(pool=pool, devices=chips, cpu="1", memory="1Gi", node_selector=other)
     given = ClusterConfig(image=IMAGE, store="s3://b", pretrain=nodes, labels=labels, queue=None)
     name = f"bit-pretrain-{pool}-{labels}"
     objects = render(Order(name, "pretrain", None, {"params.yaml": "{}"}), given, ROOT)
@@ -116,13 +118,14 @@ def test_every_overlay_applies(prepared: Cluster, folder: str) -> None:
 
 def test_serving_goes_before_finetuning_before_pretraining(prepared: Cluster) -> None:
     values = {row["metadata"]["name"]: row["value"] for row in prepared.get("priorityclass")["items"]}
-    assert values["bit-serving"] > values["bit-finetune"] > values["bit-pretrain"]
+    no_class = 0
+    assert values["bit-serving"] > no_class > values["bit-finetune"] > values["bit-pretrain"]
     assert values["bit-pretrain"] >= -10, "cluster autoscalers make no nodes for pods below their cutoff"
 
 
 def wanted(job: str) -> tuple[Object, int]:
     """The pod template of a job that goes through a queue, and how many pods it has."""
-    [made] = [one for one in yaml.safe_load_all((K8S / f"{job}.yaml").read_text()) if one["kind"] != "ConfigMap"]
+    [made] = [one for one in yaml.safe_load_all((K8S / f"{job}.yaml").read_text()) if one["kind"].endswith("Job")]
     if made["kind"] == "Job":
         return made["spec"]["template"]["spec"], made["spec"]["parallelism"]
     worker = made["spec"]["pytorchReplicaSpecs"]["Worker"]
@@ -165,14 +168,14 @@ def test_files_applied_by_hand_share_no_name_and_no_folder_and_lead_to_each_othe
         name = made["metadata"]["name"]
         assert env[job]["BIT_JOB"] == config_map["metadata"]["name"] == name
         assert config_map["metadata"]["namespace"] == made["metadata"]["namespace"] == "bit"
-        assert env[job]["BIT_STORE"].endswith(f"/{name}")
+        assert config_map["data"]["store"].endswith(f"/{name}")
         assert env[job]["BIT_CHECKPOINTS"] == f".checkpoints/{name}"
     upstream = json.loads(jobs["finetune"][0]["data"]["pretrain.json"])["outputs"]["weights"]["uri"]
-    assert upstream == f"{env['pretrain']['BIT_STORE']}/weights.npz"
+    assert upstream == f"{jobs['pretrain'][0]['data']['store']}/weights.npz"
 
 
 def test_a_pool_of_single_hosts_takes_one_worker() -> None:
-    given = ClusterConfig(image=IMAGE, store="s3://b", pretrain=NodesConfig(pool="tpu", workers=4, devices=4))
+    given = ClusterConfig(image=IMAGE, store="s3://b", pretrain=NodesConfig(pool="tpu", workers=4, devices=8))
     with pytest.raises(ManifestError, match=r"workers=4: pool 'tpu' is one host.*pretrain-tpu-multihost.yaml"):
         render(Order("bit-pretrain-1", "pretrain", None, {}), given, ROOT)
 
@@ -260,9 +263,7 @@ def test_an_invalid_edit_is_refused_before_it_reaches_the_cluster(
     (tmp_path / "k8s").mkdir()
     (tmp_path / "k8s" / "pretrain.yaml").write_text(yaml.safe_dump_all([config_map, job]))
     with pytest.raises(ManifestError, match=said):
-        render(
-            Order("bit-pretrain-1", "pretrain", None, {}), ClusterConfig(image=IMAGE, store="s3://b"), tmp_path
-        )
+        render(Order("bit-pretrain-1", "pretrain", None, {}), ClusterConfig(image=IMAGE, store="s3://b"), tmp_path)
 
 
 def test_what_is_rendered_says_what_the_order_and_the_cluster_say() -> None:
@@ -318,7 +319,11 @@ def test_trainings_of_one_tenant_share_checkpoints_only_where_they_lead_to_the_s
     ("given", "said"),
     [
         ({"store": "s3://b"}, "cluster.image is not set"),
-        ({"image": "registry.example.com/x:1.0", "store": "s3://b"}, "cluster.image='registry.example.com/x:1.0' is not named"),
+        ({"image": "localhost/x:latest", "store": "s3://b"}, "cluster.image='localhost/x:latest' is not named"),
+        (
+            {"image": "registry.example.com/x:1.0", "store": "s3://b"},
+            "cluster.image='registry.example.com/x:1.0' is not named",
+        ),
         ({"image": IMAGE}, "cluster.store is not set"),
     ],
 )
@@ -349,23 +354,15 @@ def test_the_command_at_a_files_head_names_the_namespace(path: Path) -> None:
 
 
 def test_packing_runs_as_an_indexed_job_and_its_command_packs(prepared: Cluster, tmp_path: Path) -> None:
-    claim = {"accessModes": ["ReadOnlyMany"], "resources": {"requests": {"storage": "1Gi"}}, "volumeName": "pictures"}
-    volume = {
-        "accessModes": ["ReadOnlyMany"],
-        "capacity": {"storage": "1Gi"},
-        "hostPath": {"path": "/nowhere"},
-        "claimRef": {"namespace": "bit", "name": "bit-pictures"},
-    }
-    objects = [
-        {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "pictures"}, "spec": volume},
-        {
-            "apiVersion": "v1",
-            "kind": "PersistentVolumeClaim",
-            "metadata": {"name": "bit-pictures", "namespace": "bit"},
-            "spec": claim | {"storageClassName": ""},
-        },
-    ]
-    prepared.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump_all(objects))
+    [claim, config_map, job] = yaml.safe_load_all((K8S / "pack.yaml").read_text())
+    pictures = claim | {"metadata": {"name": "bit-pictures", "namespace": "bit"}}
+    volumes = [
+        {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}, "spec": {
+            "accessModes": claim["spec"]["accessModes"], "capacity": claim["spec"]["resources"]["requests"],
+            "hostPath": {"path": "/nowhere"}, "claimRef": {"namespace": "bit", "name": f"bit-{name}"},
+        }} for name in ("pictures", "packed")
+    ]  # fmt: skip
+    prepared.kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump_all([pictures, *volumes]))
     said = prepared.kubectl("apply", "--server-side", "-n", "bit", "-f", str(K8S / "pack.yaml"))
     assert "violate PodSecurity" not in said
 
@@ -373,7 +370,6 @@ def test_packing_runs_as_an_indexed_job_and_its_command_packs(prepared: Cluster,
         return prepared.get("pods", "-n", "bit", "-l", "batch.kubernetes.io/job-name=bit-pack")["items"]
 
     wait_for(lambda: len(pods()) == 16 and all(pod["spec"].get("nodeName") for pod in pods()))
-    [config_map, job] = yaml.safe_load_all((K8S / "pack.yaml").read_text())
     [container] = job["spec"]["template"]["spec"]["containers"]
     draw_folder(tmp_path / "pictures")
     values = yaml.safe_load(config_map["data"]["params.yaml"]) | {"tracking_uri": "sqlite:///.mlflow/mlflow.db"}
@@ -381,8 +377,11 @@ def test_packing_runs_as_an_indexed_job_and_its_command_packs(prepared: Cluster,
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "BIT_PARTS": "2"}
+    environment["BIT_REMOTE"] = f"file://{tmp_path}/remote"
     for index in ("0", "1"):
         given = environment | {"JOB_COMPLETION_INDEX": index}
         subprocess.run(container["command"], cwd=tmp_path, env=given, check=True, timeout=120)
-    assert (tmp_path / "runs" / "pack" / "upstream" / "receipt.json").is_file()
+    made = receipt.Receipt.model_validate_json((tmp_path / "runs" / "pack" / "upstream" / receipt.FILE).read_text())
+    assert made.outputs["dataset"].uri.startswith(environment["BIT_REMOTE"])
+    assert Dataset.open(made.outputs["dataset"].uri).fingerprint == made.outputs["dataset"].sha256
     prepared.kubectl("delete", "-n", "bit", "job", "bit-pack")

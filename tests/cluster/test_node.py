@@ -16,7 +16,7 @@ import yaml
 
 from tests import clusters
 from tests.cluster.conftest import K8S
-from tests.cluster.projects import Command, bit, edit, fresh, project, receipt
+from tests.cluster.projects import Command, bit, drawn, edit, fresh, project, receipt
 from tests.clusters import Cluster, wait_for
 from tests.images import build
 from training import tracking
@@ -120,7 +120,7 @@ def test_two_real_workers_train_through_the_loss_of_a_pod(
     with mlflow_server(tmp_path / "mlflow") as (here, there):
         cluster = {"image": image, "tracking_uri": there, "remote": str(shared / "dvc"), "pretrain": PODS}
         root = project(
-            template, tmp_path / "p", shared / "store", seed=0, pretrain=STEPS, cluster=cluster, tracking_uri=here
+            template, tmp_path / "p", shared / "store", seed=drawn(), pretrain=STEPS, cluster=cluster, tracking_uri=here
         )
         edit(root, partial(mount, shared))
         submit = Command(root, node, tmp_path / "submit.log", "-m", "training", "submit", "pretrain")
@@ -153,7 +153,7 @@ def test_a_container_that_is_killed_for_memory_is_told_with_what_would_fit(
 ) -> None:
     small = PODS | {"workers": 1, "memory": "150Mi"}  # less than torch alone
     cluster = {"image": image, "remote": str(shared / "dvc"), "pretrain": small}
-    root = project(template, tmp_path / "p", shared / "store", seed=9, cluster=cluster)
+    root = project(template, tmp_path / "p", shared / "store", seed=drawn(), cluster=cluster)
     edit(root, partial(mount, shared))
     edit(root, lambda job: job["spec"]["runPolicy"].update(backoffLimit=1))
     said = bit(root, node, "submit", "pretrain", status=137)

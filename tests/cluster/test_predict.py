@@ -23,7 +23,11 @@ def test_every_slice_gets_a_pod_and_the_job_completes(prepared: Cluster) -> None
         indexes = {pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"] for pod in pods}
         assert indexes == {str(n) for n in range(8)}
         [container] = pods[0]["spec"]["containers"]
-        assert "JOB_COMPLETION_INDEX" in [variable["name"] for variable in container["env"]]
+        env = {variable["name"]: variable for variable in container["env"]}
+        assert "JOB_COMPLETION_INDEX" in env
+        label = env["BIT_PREDICT_RUN"]["valueFrom"]["fieldRef"]["fieldPath"].split("'")[1]
+        uid = prepared.get("job", "-n", "bit", "bit-predict-acme")["metadata"]["uid"]
+        assert {pod["metadata"]["labels"][label] for pod in pods} == {uid}
     finally:
         prepared.kubectl("delete", "--ignore-not-found", "-n", "bit", "-f", str(FILE))
 

@@ -16,7 +16,7 @@ from training.cluster.jobs import EVERYWHERE, LONGEST_PAUSE_S, ClusterError, Job
 from training.cluster.manifests import Object, Order, render
 from training.config import ClusterConfig, Config
 
-GIVEN = ClusterConfig(image="x@sha256:1", store="s3://b", queue=None)
+GIVEN = ClusterConfig(image=f"x@sha256:{'1' * 64}", store="s3://b", queue=None)
 ORDER = Order("bit-pretrain-1", "pretrain", None, {"params.yaml": "{}"})
 
 
@@ -43,9 +43,11 @@ def test_who_has_no_right_reads_which_one_and_where_it_is_to_be_had(
     with pytest.raises(ClusterError, match=r"may not list pytorchjobs in all namespaces.*ClusterRole `bit-watcher`"):
         nobody.of(EVERYWHERE).find()
     watcher = jobs_of(person(prepared, "watcher", "bit-watcher"), monkeypatch)
-    assert isinstance(watcher.of(EVERYWHERE).find(), list)
-    with pytest.raises(ClusterError, match="forbidden: you may not list pods"):
-        watcher.pods("bit-pretrain-1")
+    everywhere = watcher.of(EVERYWHERE)
+    for seen in (everywhere.find(), everywhere.pods_of("bit/stage"), everywhere.workloads()):
+        assert isinstance(seen, list)
+    with pytest.raises(ClusterError, match="forbidden: you may not list events"):
+        watcher.events("bit-pretrain-1")
 
 
 def test_a_namespace_that_is_not_there_is_named(prepared: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +71,8 @@ def test_a_job_that_is_removed_ends_those_who_follow_it(prepared: Cluster, monke
 
 def test_a_follower_who_may_not_see_the_pods_is_told_so(prepared: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs_of(prepared, monkeypatch).apply(held("bit-pretrain-unseen"))
-    blind = jobs_of(person(prepared, "follower", "bit-watcher"), monkeypatch)
+    prepared.kubectl("create", "clusterrole", "blind", "--verb=list,watch", "--resource=pytorchjobs.kubeflow.org")
+    blind = jobs_of(person(prepared, "follower", "blind"), monkeypatch)
     with pytest.raises(ClusterError, match="forbidden: you may not list pods"):
         Followed(blind, "bit-pretrain-unseen", patience_s=0).to_the_end()
 

@@ -12,7 +12,7 @@ import yaml
 
 from tests.cluster.conftest import K8S, VOLUME
 from tests.cluster.kubelet import Kubelet
-from tests.cluster.projects import CPU, ROOT, TENANT, Command, bit, edit, fresh, project, receipt, run
+from tests.cluster.projects import CPU, ROOT, TENANT, Command, bit, drawn, edit, fresh, project, receipt, run
 from tests.clusters import Cluster, wait_for
 from training import tracking
 
@@ -56,11 +56,12 @@ def tenant_namespace(prepared: Cluster) -> str:
 def test_dvc_repro_on_the_cluster_gives_what_it_gives_here(
     prepared: Cluster, kubelet: Kubelet, tenant_namespace: str, tmp_path: Path
 ) -> None:
+    seed = drawn()
     template = fresh(tmp_path / "template", demo=True)
-    steps = {"pretrain": {"seed": 1, "steps": 40, "global_batch": 32}, "finetune": {"scratch": False, "steps": 60}}
+    steps = {"pretrain": {"steps": 40, "global_batch": 32}, "finetune": {"scratch": False, "steps": 60}}
     given = {"tenant_namespace": "bit-{tenant}"}
-    there = project(template, tmp_path / "there", tmp_path / "store", seed=1, cluster=given, **steps)
-    here = project(template, tmp_path / "here", tmp_path / "store", seed=1, runner="local", **steps)
+    there = project(template, tmp_path / "there", tmp_path / "store", seed=seed, cluster=given, **steps)
+    here = project(template, tmp_path / "here", tmp_path / "store", seed=seed, runner="local", **steps)
     target = ("-m", "dvc", "repro", "tenants/digits/dvc.yaml:evaluate")
     beside = Command(here, None, tmp_path / "here.log", *target)
     run(there, *target, cluster=prepared)
@@ -92,12 +93,13 @@ def test_dvc_repro_on_the_cluster_gives_what_it_gives_here(
 def test_a_killed_repro_attaches_and_lost_workers_resume(
     prepared: Cluster, submitter: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
 ) -> None:
+    seed = drawn()
     two = {"pretrain": CPU | {"workers": 2}}
     long = {**LONG, "steps": 1200, "evaluate_every": 1200}  # a worker is made anew twice meanwhile, each time in 10 s
-    root = project(template, tmp_path / "p", tmp_path / "store", seed=2, pretrain={"seed": 2, **long}, cluster=two)
+    root = project(template, tmp_path / "p", tmp_path / "store", seed=seed, pretrain=long, cluster=two)
     first = Command(root, submitter, tmp_path / "first.log", "-m", "dvc", "repro", "pretrain")
     wait_for(lambda: "running" in first.log or first.process.poll() is not None)
-    job = only_job(prepared, 2)
+    job = only_job(prepared, seed)
     wait_for(lambda: list(kubelet.folder.glob(f"{job}/checkpoints/**/step-*")))
     first.kill()
     victim = kubelet.container(f"{job}-worker-1")
@@ -111,14 +113,15 @@ def test_a_killed_repro_attaches_and_lost_workers_resume(
     said = again.end()
     assert "joined" in said
     assert "succeeded" in said
-    assert only_job(prepared, 2) == job
+    assert only_job(prepared, seed) == job
     assert kubelet.log(f"{job}-worker-0").count("resumed after step") >= 2
 
 
 def test_why_a_job_waits_and_fails_is_told_in_plain_words(
     prepared: Cluster, submitter: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
 ) -> None:
-    root = project(template, tmp_path / "p", tmp_path / "store", seed=3)
+    seed, other_seed, late_seed = drawn(), drawn(), drawn()
+    root = project(template, tmp_path / "p", tmp_path / "store", seed=seed)
     edit(root, lambda job: job["spec"]["runPolicy"].update(backoffLimit=2))
 
     big = ("--set", "cluster.pretrain.cpu='900'")
@@ -127,7 +130,7 @@ def test_why_a_job_waits_and_fails_is_told_in_plain_words(
     assert "no node of the pool gke-nodepool=cpu has enough cpu (asks for 900) free" in watching.log
     assert "1 × (1 processes, 900 cpu, 1Gi) on pool cpu, no queue" in watching.log
     watching.process.send_signal(signal.SIGINT)
-    job = only_job(prepared, 3)
+    job = only_job(prepared, seed)
     assert f"bit attach {job}" in watching.end(130)
     assert job in bit(root, submitter, "jobs")
     other = Command(root, submitter, tmp_path / "other.log", "-m", "training", "attach", job)
@@ -135,41 +138,42 @@ def test_why_a_job_waits_and_fails_is_told_in_plain_words(
     bit(root, submitter, "cancel", job)
     assert f"{job} was removed: somebody cancelled it" in other.end(2)
 
-    wrong = ("--set", "pretrain.seed=4", "--set", "pretrain.micro_batch=3")
+    wrong = ("--set", f"pretrain.seed={other_seed}", "--set", "pretrain.micro_batch=3")
     bit(root, submitter, "submit", "pretrain", "--detach", *wrong)
-    failed = bit(root, submitter, "attach", only_job(prepared, 4), status=1)  # the exit code of its container
+    failed = bit(root, submitter, "attach", only_job(prepared, other_seed), status=1)  # the exit code of its container
     assert "micro_batch=3 does not divide a rank's share of 8 examples" in failed
     assert "started again 1 time; last words: " in failed
     assert "Mend it, then: bit submit pretrain --retry" in failed
     assert "micro_batch=3 does not divide a rank's share of 8 examples" in bit(
-        root, prepared, "attach", only_job(prepared, 4), status=1
+        root, prepared, "attach", only_job(prepared, other_seed), status=1
     )  # no pods now
 
-    late = project(template, tmp_path / "late", tmp_path / "store", seed=8, pretrain={"seed": 8, "steps": 100_000})
+    late = project(template, tmp_path / "late", tmp_path / "store", seed=late_seed, pretrain={"steps": 100_000})
     edit(late, lambda job: job["spec"]["runPolicy"].update(activeDeadlineSeconds=5))
     watching = Command(late, submitter, tmp_path / "late.log", "-m", "training", "submit", "pretrain")
     wait_for(lambda: "running" in watching.log)
     time.sleep(5)  # then any change makes the operator look at the job again, which it does not by itself
-    prepared.kubectl("annotate", "pytorchjob", only_job(prepared, 8), "-n", "bit", "looked-at=once")
+    prepared.kubectl("annotate", "pytorchjob", only_job(prepared, late_seed), "-n", "bit", "looked-at=once")
     assert "its deadline passed (runPolicy.activeDeadlineSeconds)" in watching.end(1)
 
 
 def test_two_people_get_one_job_and_outlive_the_api_server(
     prepared: Cluster, submitter: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
 ) -> None:
-    root = project(template, tmp_path / "p", tmp_path / "store", seed=5, pretrain={"seed": 5, **LONG, "steps": 500})
-    other = project(template, tmp_path / "q", tmp_path / "store", seed=5, pretrain={"seed": 5, **LONG, "steps": 500})
+    seed = drawn()
+    root = project(template, tmp_path / "p", tmp_path / "store", seed=seed, pretrain=LONG | {"steps": 500})
+    other = project(template, tmp_path / "q", tmp_path / "store", seed=seed, pretrain=LONG | {"steps": 500})
     submit = ("-m", "training", "submit", "pretrain")
     both = [Command(each, submitter, tmp_path / f"{each.name}.log", *submit) for each in (root, other)]
     wait_for(lambda: all("running" in each.log for each in both))
-    job = only_job(prepared, 5)
+    job = only_job(prepared, seed)
     with prepared.api_server_down(signal.SIGSTOP):
         time.sleep(7)  # longer than a connection attempt of the watch
     with prepared.api_server_down(signal.SIGKILL):
         wait_for(lambda: all("does not answer" in each.log for each in both))
     for each in both:
         assert "the job goes on" in each.end()
-    assert only_job(prepared, 5) == job
+    assert only_job(prepared, seed) == job
     uid = prepared.get("pytorchjob", job, "-n", "bit")["metadata"]["uid"]
     made = receipt(root, "pretrain")
     assert made["details"]["job_uid"] == receipt(other, "pretrain")["details"]["job_uid"] == uid
@@ -183,12 +187,13 @@ def test_two_people_get_one_job_and_outlive_the_api_server(
 def test_a_job_is_suspended_and_goes_on_as_kueue_does_it(
     prepared: Cluster, submitter: Cluster, kubelet: Kubelet, template: Path, tmp_path: Path
 ) -> None:
+    seed = drawn()
     never = {**LONG, "checkpoint_every": 300}  # the only checkpoint is the one that SIGTERM asks for
     queued = {"queue": "training"}
-    root = project(template, tmp_path / "p", tmp_path / "store", seed=6, pretrain={"seed": 6, **never}, cluster=queued)
+    root = project(template, tmp_path / "p", tmp_path / "store", seed=seed, pretrain=never, cluster=queued)
     submit = Command(root, submitter, tmp_path / "submit.log", "-m", "training", "submit", "pretrain")
     wait_for(lambda: "running" in submit.log)
-    job = only_job(prepared, 6)
+    job = only_job(prepared, seed)
     wait_for(lambda: "loss" in kubelet.log(f"{job}-worker-0"))
 
     def suspend(value: bool) -> None:
@@ -264,15 +269,16 @@ EDITS = {
 def test_a_dry_run_refuses_invalid_edits_and_makes_nothing(
     prepared: Cluster, submitter: Cluster, template: Path, tmp_path: Path
 ) -> None:
+    seed = drawn()
     ways = {}
     for number, (said, (change, arguments)) in enumerate(EDITS.items()):
-        root = project(template, tmp_path / f"p{number}", tmp_path / "store", seed=7)
+        root = project(template, tmp_path / f"p{number}", tmp_path / "store", seed=seed)
         edit(root, change, ("pretrain",))
         submit = ("-m", "training", "submit", "pretrain", "--dry-run", *arguments)
         ways[said] = Command(root, submitter, tmp_path / f"{number}.log", *submit)
     for said, way in ways.items():
         assert said in way.end(0 if "would be taken" in said else 2), said
     maps = prepared.get("configmaps", "-n", "bit")["items"]
-    assert not [made for made in maps if "seed: 7\n" in made.get("data", {}).get("params.yaml", "")]
+    assert not [made for made in maps if f"seed: {seed}\n" in made.get("data", {}).get("params.yaml", "")]
     assert not (tmp_path / "store").exists()
     assert not list(tmp_path.glob("p*/.dvc-remote"))

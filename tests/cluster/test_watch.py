@@ -21,7 +21,7 @@ NAME = "bit-pretrain-watched"
 def test_a_watch_goes_on_when_its_place_in_the_history_is_gone(
     prepared: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = ClusterConfig(image="x@sha256:1", store="s3://b", queue=None)
+    given = ClusterConfig(image=f"x@sha256:{'1' * 64}", store="s3://b", queue=None)
     config_map, job = render(Order(NAME, "pretrain", None, {"params.yaml": "{}"}), given, ROOT)
     job["spec"]["runPolicy"]["suspend"] = True
     prepared.kubectl("apply", "--server-side", "-n", "bit", "-f", "-", stdin=yaml.safe_dump_all([config_map, job]))

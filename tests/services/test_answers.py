@@ -16,7 +16,7 @@ import pytest
 from services import preprocess
 from services.inference import bodies, explain, protocol
 from services.inference.engine import Session
-from services.inference.errors import BadRequest
+from services.inference.errors import BadRequest, DeadlineExceeded
 from services.inference.metrics import Metrics
 from services.inference.models import Served
 from services.inference.scheduler import Scheduler, Work
@@ -225,3 +225,14 @@ def test_an_unforeseen_error_fails_its_request_with_the_cause_and_not_the_worker
             scheduler.close()
 
     asyncio.run(ask_both())
+
+
+def test_explaining_ends_at_the_deadline_and_gives_way_to_answering(lamps: Service) -> None:
+    told = [{"predictions": [{"class": "dark", "index": 0}]} for _ in range(2)]
+    rows = [np.zeros((2, 3, SIDE, SIDE), np.float32), np.zeros((3, 2), np.float32)]
+    with pytest.raises(DeadlineExceeded, match="before every picture was explained"):
+        explain.explain(told, [gray_png(1)] * 2, rows, False, 10**6, time.monotonic() - 1)
+    assert lamps.http.post("/v1/lamps/classify?explain=overlay", files=form(*range(64))).status_code == 200
+    threads = Path(f"/proc/{lamps.process.pid}/task").iterdir()
+    niceness = [int((thread / "stat").read_text().rpartition(")")[2].split()[16]) for thread in threads]
+    assert explain.NICENESS in niceness

@@ -65,9 +65,10 @@ def test_health_and_metadata(call: Call) -> None:
     assert set(call("get_server_metadata")) == {"name", "version", "extensions"}
     told = call("get_model_metadata", "lamps")
     assert told["inputs"] == [{"name": "pixels", "datatype": "UINT8", "shape": [-1, SIDE, SIDE, 3]}]
-    [version] = told["versions"]
-    assert call("is_model_ready", "lamps", version)
-    assert call("get_model_metadata", "lamps", version)["versions"] == [version]
+    champion, challenger = told["versions"]  # all that can be asked for by this name
+    assert call("is_model_ready", "lamps", challenger)
+    assert call("get_model_metadata", "lamps", challenger)["versions"] == [challenger, champion]
+    assert call("get_model_metadata", "lamps@challenger")["versions"] == [challenger]
     config = call("get_model_config", "lamps")
     assert (config["max_batch_size"], config["input"][0]["dims"]) == (8, [SIDE, SIDE, 3])
 

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from services.inference.aliases import Wanted
-from services.inference.cache import Cache
+from services.inference.cache import KEPT_S, Cache
 from services.inference.engine import Session
 from services.inference.follower import Follower
 from services.inference.metrics import Metrics
@@ -22,6 +23,7 @@ from services.inference.priority import give_way
 from services.inference.registry import FolderRegistry, RegistryDown
 from tests.services.exports import export, gray_png
 from tests.services.running import Folder, MLflow, Service, bit_serve, mlflow_server
+from tests.services.test_tenants import make_key
 
 PADDING = 4 * 2**20  # bytes that make a small export large
 
@@ -66,6 +68,19 @@ def test_only_the_newest_replaced_version_stays_warm(session: Session) -> None:
         models.point(Wanted("a", "champion", version))
     assert [one.version for one in models.tidy()] == ["1"]
     assert {one.version for one in models.all()} == {"2", "3"}
+
+
+def test_a_challenger_that_moves_leaves_the_champions_predecessor_warm(session: Session) -> None:
+    models = Models()
+    for alias, version in (("champion", "1"), ("challenger", "2"), ("champion", "3"), ("challenger", "4")):
+        models.put(served(session, "a", version))
+        models.point(Wanted("a", alias, version))
+    assert models.tidy() == []
+    models.put(served(session, "a", "5"))
+    models.point(Wanted("a", "challenger", "5"))
+    assert [one.version for one in models.tidy()] == ["2"], "of each alias the newest that was replaced stays"
+    models.point(Wanted("a", "champion", "1"))
+    assert models.find("a")[0].version == "1"
 
 
 def test_a_version_whose_alias_moved_while_it_was_loading_does_not_stay(session: Session) -> None:
@@ -122,6 +137,22 @@ def test_a_registry_that_is_down_for_all_is_no_start(tmp_path: Path) -> None:
     with pytest.raises(RegistryDown):
         following.look()
     assert not following.polled
+
+
+class Busy(FolderRegistry):
+    """While an export is fetched, bodies of requests come in."""
+
+    def fetch(self, wanted: Wanted) -> tuple[bytes, str]:
+        self.bodies = np.ones(200 * 2**20, np.uint8)
+        return super().fetch(wanted)
+
+
+def test_a_small_model_is_not_charged_for_what_else_the_process_took_meanwhile(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(export())
+    following = follower(Busy(tmp_path))
+    following.look()
+    [loaded] = following.models.all()
+    assert loaded.size_bytes < 2**20
 
 
 class Unreadable(FolderRegistry):
@@ -207,6 +238,32 @@ def test_models_beyond_the_memory_are_loaded_when_they_are_asked_for(tmp_path: P
         assert len(warm) <= 3
 
 
+def test_who_waits_for_a_cold_model_counts_as_running_and_waits_no_longer_than_the_deadline(tmp_path: Path) -> None:
+    store, key = Folder(tmp_path), make_key(tmp_path / "tenants.json", "one")
+    quotas = json.loads((tmp_path / "tenants.json").read_text())
+    quotas["one"]["concurrent"] = 1
+    (tmp_path / "tenants.json").write_text(json.dumps(quotas))
+    store.publish("one", export())
+    with (
+        bit_serve(store, tmp_path, "--tenants", str(tmp_path / "tenants.json"), "--timeout_ms", "2000") as service,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        service.http.headers["x-api-key"] = key
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "pipe").rename(tmp_path / "one.onnx")  # whoever reads it waits
+        service.http.post("/v2/repository/models/one/unload")
+        time.sleep(0.5)
+        waits = pool.submit(service.classify, "one", gray_png(10))
+        time.sleep(0.3)
+        began = time.monotonic()
+        assert service.classify("one", gray_png(10)).status_code == 429
+        assert time.monotonic() - began < 1
+        page = service.http.get("/v2/models/one")
+        assert (page.status_code, waits.result().status_code) == (504, 504)
+        assert "still being loaded" in page.json()["error"]
+        (tmp_path / "one.onnx").write_bytes(b"")
+
+
 def test_many_that_ask_for_one_cold_model_load_it_once(tmp_path: Path) -> None:
     store = Folder(tmp_path)
     store.publish("one", padded(1))
@@ -255,7 +312,7 @@ def loads(service: Service) -> float:
 
 def test_while_mlflow_is_down_the_verified_cache_serves(tmp_path: Path) -> None:
     def kept() -> int:
-        return len(list((tmp_path / "cache").glob("*.onnx")))
+        return len(Cache(tmp_path / "cache").remembered())
 
     with mlflow_server(tmp_path) as uri:
         store = MLflow(uri, tmp_path)
@@ -277,8 +334,8 @@ def test_while_mlflow_is_down_the_verified_cache_serves(tmp_path: Path) -> None:
         assert (answer["version"], answer["predictions"][0]["class"]) == (version, "dark")
         assert "bit_registry_up 0.0" in service.http.get("/metrics").text
     # A cache that somebody changed is not served.
-    [cached] = (tmp_path / "cache").glob("*.onnx")
-    cached.write_bytes(export(sign=-1))
+    for cached in (tmp_path / "cache").glob("*.onnx"):
+        cached.write_bytes(export(sign=-1))
     with bit_serve(store, tmp_path, ready=False) as service:
         time.sleep(1)
         assert service.http.get("/v2/health/ready").status_code == 503
@@ -375,6 +432,21 @@ def test_exports_used_longest_ago_leave_the_cache_when_another_needs_their_room(
     assert {one.tenant for one in Cache(tmp_path).remembered()} == {a[:4], c[:4]}
     Cache(tmp_path).write(large, exports[large] * 4)  # 0: no limit
     assert digests(cache) == {a, c, d, large}
+
+
+def test_an_export_whose_alias_is_gone_stays_a_day(tmp_path: Path) -> None:
+    cache, long_ago = Cache(tmp_path), time.time() - 2 * KEPT_S
+    a, b = (hashlib.sha256(data).hexdigest() for data in (b"a", b"b"))
+    for sha256, data in ((a, b"a"), (b, b"b")):
+        cache.write(sha256, data)
+        cache.remember(Wanted(sha256[:4], "champion", "1"), sha256)
+        os.utime(tmp_path / f"{sha256}.onnx", (long_ago, long_ago))  # loaded once, and served ever since
+    cache.forget(a[:4], "champion")
+    assert {one.tenant for one in Cache(tmp_path).remembered()} == {b[:4]}
+    assert digests(cache) == {a, b}, "it may be wanted back"
+    os.utime(tmp_path / f"{a}.onnx", (long_ago, long_ago))  # a day later
+    cache.remember(Wanted("c", "champion", "1"), "0" * 64)
+    assert digests(cache) == {b}
 
 
 def test_a_file_that_another_instance_removes_is_a_miss(tmp_path: Path) -> None:

@@ -255,3 +255,23 @@ def test_a_service_for_one_tenant_follows_no_other(tmp_path: Path) -> None:
     with bit_serve(store, tmp_path, "--only", '["acme"]') as service:
         assert service.classify("acme", gray_png(10)).status_code == 200
         assert service.classify("lamps", gray_png(10)).status_code == 404
+
+
+def test_an_edit_of_the_file_forgives_nobody_else(tmp_path: Path) -> None:
+    file, clock = tmp_path / "tenants.json", Clock()
+
+    def write(**quotas: dict) -> None:
+        file.unlink(missing_ok=True)  # seen by its inode, however coarse the clock of files is
+        file.write_text(json.dumps(quotas))
+
+    write(a={"requests_per_s": 1}, b={"requests_per_s": 1})
+    tenants = Tenants(file, clock)
+    for tenant in "ab":
+        with tenants.admit(tenant, 0):
+            pass
+    write(a={"requests_per_s": 1, "keys": ["0" * 64]}, b={"requests_per_s": 2})
+    assert tenants.reload()
+    with pytest.raises(TooManyRequests), tenants.admit("a", 0):
+        pass
+    with tenants.admit("b", 0):  # its limit is another now
+        pass

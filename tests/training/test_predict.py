@@ -3,12 +3,18 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
 
 from tests.conftest import encode
 from tests.services.exports import CLASSES, export
@@ -120,6 +126,88 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(tmp_path: Pa
     whole = tmp_path / "whole.parquet"
     predict.main("lamps", predict.read_export(tmp_path, "lamps"), str(many), str(whole), 5, 2)
     assert killed.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "row", ["odd://x/y.png", "http://127.0.0.1:9/x.png", "", "note"], ids=["protocol", "http", "blank", "short"]
+)
+def test_a_picture_that_cannot_be_had_is_one_error(folder: Path, tmp_path: Path, row: str) -> None:
+    lines = {"": 'a,""', "note": "a"}.get(row, f"a,{row}")
+    (folder / "odd.csv").write_text(f"note,path\na,1/001.png\n{lines}\na,1/004.png\n")
+    out = f"{tmp_path}/a.parquet"
+    assert predict.main("lamps", predict.Export(export(), "1"), str(folder / "odd.csv"), out, 1, 1) == (3, 1)
+    assert [row["error"] is None for row in pq.read_table(out).to_pylist()] == [True, False, True]
+
+
+def test_an_answer_that_is_no_picture_from_a_server_is_one_error(folder: Path, tmp_path: Path) -> None:
+    class Broken(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(500)
+
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        (folder / "web.csv").write_text(f"path\nhttp://127.0.0.1:{server.server_port}/x.png\n1/004.png\n")
+        out = f"{tmp_path}/a.parquet"
+        try:
+            assert predict.main("lamps", predict.Export(export(), "1"), str(folder / "web.csv"), out, 1, 1) == (2, 1)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "500" in pq.read_table(out).to_pylist()[0]["error"]
+
+
+def test_parts_that_a_kill_left_without_their_plan_are_not_taken(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.parquet"
+    left = predict.Parts(str(out), {"sha256": "of another version"})
+    left.add([{"picture": "0/000.png", "class": "stale"}])
+    Path(f"{out}.parts/plan.json").unlink()
+    predict.main("lamps", predict.Export(export(), "7"), str(folder), str(out), 2, 2)
+    assert answered(out)["0/000.png"]["class"] == CLASSES[0]
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """A server that speaks S3, found by the environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("answers")
+        yield "s3://answers"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.mark.parametrize("store", ["disk", "s3"])
+def test_slices_that_start_at_once_agree_on_a_version(
+    store: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    root = str(tmp_path) if store == "disk" else request.getfixturevalue("bucket")
+    for number in range(5):
+        start = threading.Barrier(8)
+
+        def slice_of_it(version: str, run: str = str(number), start: threading.Barrier = start) -> str:
+            start.wait()
+            return predict.pin(f"{root}/answers.parquet", run, version)
+
+        with ThreadPoolExecutor(8) as pool:
+            agreed = set(pool.map(slice_of_it, map(str, range(8))))
+        assert len(agreed) == 1
+        assert predict.pin(f"{root}/answers.parquet", str(number), "later") in agreed
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_an_export_that_is_damaged_is_not_asked(folder: Path, tmp_path: Path) -> None:

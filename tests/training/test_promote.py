@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,34 @@ def test_the_first_promotion_needs_no_champion_to_compare_with(registry: Registr
     assert registry.champion == first
     assert registry.moves() == [("none", first, "bit promote")]
     assert promote.main(registry.config, "lamps")[-1].endswith("nothing to do")
+
+
+def test_the_first_promotion_asks_the_export_for_its_golden_answers(registry: Registry) -> None:
+    registry.publish(export(golden_off=0.2))
+    with pytest.raises(ConfigError, match="golden answers are off"):
+        promote.main(registry.config, "lamps")
+    assert registry.champion == "none"
+    assert registry.moves() == []
+
+
+def test_a_champion_that_somebody_else_moved_meanwhile_is_left_alone(registry: Registry, pictures: Path) -> None:
+    first, other, mine = (registry.publish(export(threshold=t)) for t in (0.1, 0.2, 0.3))
+    promote.main(registry.config, "lamps", version=int(first))
+    slow = pictures / "slow.png"  # a pipe: the replay waits for it, long enough for a colleague
+    os.mkfifo(slow)
+
+    def colleague() -> None:
+        with slow.open("wb") as pipe:
+            registry.client.set_registered_model_alias("lamps", "champion", other)
+            pipe.write(gray_png(90))
+
+    thread = threading.Thread(target=colleague)
+    thread.start()
+    with pytest.raises(promote.GateError, match="moved by somebody else meanwhile: it is version 2"):
+        promote.main(registry.config, "lamps", version=int(mine), pictures=pictures)
+    thread.join()
+    assert registry.champion == other
+    assert registry.moves() == [("none", first, history.PROMOTED)]
 
 
 def test_a_challenger_that_agrees_is_promoted_and_the_run_says_how(registry: Registry, pictures: Path) -> None:
@@ -205,6 +234,12 @@ def test_batch_answers_come_from_the_registry(registry: Registry) -> None:
     promote.main(registry.config, "lamps")
     assert predict.find_export(registry.config, "lamps", None, "champion") == predict.Export(export(), first)
     assert predict.find_export(registry.config, "lamps", 1, "champion").version == first
+    shared = {"out": str(registry.folder / "answers.parquet"), "run": "job-1"}
+    assert predict.find_export(registry.config, "lamps", None, "champion", **shared).version == first
+    second = registry.publish(export(threshold=0.1))
+    promote.main(registry.config, "lamps")
+    assert predict.find_export(registry.config, "lamps", None, "champion", **shared).version == first, "of one run"
+    assert predict.find_export(registry.config, "lamps", None, "champion").version == second
 
 
 def test_the_command_prints_the_history(registry: Registry) -> None:

@@ -53,6 +53,10 @@ def predict(
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per core.")] = None,
     index: Annotated[int, typer.Option("--slice", min=0, envvar="JOB_COMPLETION_INDEX", help="Which slice.")] = 0,
     slices: Annotated[int, typer.Option(min=1, help="Cut the pictures into so many; each writes its own file.")] = 1,
+    run: Annotated[
+        str,
+        typer.Option(envvar="BIT_PREDICT_RUN", help="A name that the slices share: all use the version of the first."),
+    ] = "",
     overrides: Set = None,
 ) -> None:
     """Answer many pictures without HTTP; a run that was killed goes on where it was."""
@@ -65,7 +69,7 @@ def predict(
     export = (
         prediction.read_export(models, tenant)
         if models
-        else prediction.find_export(load(overrides=overrides or ()), tenant, version, alias)
+        else prediction.find_export(load(overrides=overrides or ()), tenant, version, alias, out, run)
     )
     threads = workers or len(os.sched_getaffinity(0))
     count, errors = prediction.main(tenant, export, source, out, top, threads, index, slices)

@@ -42,6 +42,9 @@ def pack(
         str | None, typer.Option(metavar="NUMBER/COUNT", help="Pack one part, on one of many machines.")
     ] = None,
     merge: Annotated[int | None, typer.Option(metavar="COUNT", help="Join that many parts.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="URL", help="A DVC remote that gets the shards, for pods to read.")
+    ] = None,
     overrides: Set = None,
 ) -> None:
     """Pictures → shards: the upstream pictures, or those of one tenant."""
@@ -53,9 +56,9 @@ def pack(
         if part:
             parts.write(config, tenant, parts.parse(part))
         if merge:
-            parts.merge(config, tenant, merge)
+            parts.merge(config, tenant, merge, push)
         return
-    stage("pack", load(tenant=tenant, overrides=stated), tenant)
+    stage("pack", load(tenant=tenant, overrides=stated), tenant, push=push)
 
 
 def pretrain(overrides: Set = None, fork: Fork = False, profile: ProfileSteps = 0, log_json: LogJson = False) -> None:

@@ -98,9 +98,14 @@ def _job_of(workload: Object) -> str | None:
 
 def _waits(workload: Object, own: Object) -> bool:
     """Whether a workload waits in the queue of another one, which waits itself."""
-    same = workload["spec"].get("queueName") == own["spec"].get("queueName")
+    same = _queue_of(workload) == _queue_of(own)
     over = _condition(workload, "QuotaReserved", "True") or _condition(workload, "Finished", "True")
     return workload is own or (same and not over)
+
+
+def _queue_of(workload: Object) -> tuple[str | None, str | None]:
+    """Every namespace may have a queue of the same name."""
+    return workload["metadata"].get("namespace"), workload["spec"].get("queueName")
 
 
 def _turn(workload: Object) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Following jobs to their end, in words: one, with its state, why it waits, what was started again and the log of rank 0; or a fleet."""
+"""Following jobs to their end, in words: one with the log of rank 0, or a fleet; why they wait, and what was started again."""
 
 import re
 import sys
@@ -94,7 +94,8 @@ def follow_all(names: set[str], every: Jobs, ended: dict[str, Object]) -> dict[s
     """
     jobs: dict[str, Object] = {}
     ends: dict[str, list[Object]] = {}
-    counted, looked = "", []
+    looked: list[str] = []
+    counted = ""
     for news in every.watch(FLEET, names - set(ended), pause_s=LOOK_S):
         if news and (name := news["metadata"]["name"]) in names and name not in ended:
             jobs[name] = news
@@ -142,7 +143,9 @@ def _look(every: Jobs, jobs: dict[str, Object], ends: dict[str, list[Object]]) -
             reasons.setdefault(alike, []).append(f"{name}: {told}")
     common = sorted(reasons.values(), key=len, reverse=True)
     lines = [f"  {alike[0]}" + (f"; {len(alike) - 1} more like it" if alike[1:] else "") for alike in common[:TOLD]]
-    return lines + ([f"  and {len(common) - TOLD} reasons more: `bit attach JOB` tells one job's"] if common[TOLD:] else [])
+    return lines + (
+        [f"  and {len(common) - TOLD} reasons more: `bit attach JOB` tells one job's"] if common[TOLD:] else []
+    )
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ import copy
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,24 +108,22 @@ class Jobs:
     def delete(self, name: str, uid: str | None = None) -> bool:
         """Removes a job with its pods, and its ConfigMap. What is not there is removed already.
 
-        uid: the job that is meant; False where another one has its name by now, which stays.
+        uid: the job that is meant; False where it is gone, or another one has its name, whose ConfigMap must stay.
         """
         meant = client.V1DeleteOptions(preconditions=client.V1Preconditions(uid=uid))
-        removals: tuple[Callable[[], object], ...] = (
-            lambda: self.custom.delete_namespaced_custom_object(
-                GROUP, VERSION, self.namespace, PLURAL, name, body=meant
-            ),
-            lambda: self.core.delete_namespaced_config_map(name, self.namespace),
-        )
-        for remove in removals:
-            with self._asked(f"delete {name}"):
-                try:
-                    remove()
-                except ApiException as error:
-                    if error.status == 409 and uid:
-                        return False
-                    if error.status != 404:
-                        raise
+        with self._asked(f"delete {name}"):
+            try:
+                self.custom.delete_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, name, body=meant)
+            except ApiException as error:
+                if uid and error.status in (404, 409):
+                    return False
+                if error.status != 404:
+                    raise
+            try:
+                self.core.delete_namespaced_config_map(name, self.namespace)
+            except ApiException as error:
+                if error.status != 404:
+                    raise
         return True
 
     def pods(self, name: str, patience_s: float = 0.0) -> list[Object]:

@@ -31,12 +31,13 @@ class ManifestError(UserError):
 
 @dataclass(frozen=True)
 class Pool:
-    """A kind of node: how its pods find it, and what counts its devices (None: the processor itself)."""
+    """A kind of node: how its pods find it, what counts its devices (None: the processor), how many a pod takes (None: any)."""
 
     node_selector: Mapping[str, str]
     tolerations: tuple[str, ...]
     resource: str | None
     template: str
+    devices: int | None = None
 
 
 # A new pool is a row; labels and taints are those of k8s/queues/queues.yaml.
@@ -56,6 +57,7 @@ POOLS = {
         ("google.com/tpu",),
         "google.com/tpu",
         "-tpu",
+        8,
     ),
     "cpu": Pool({}, (), None, ""),
 }
@@ -85,7 +87,7 @@ def render(order: Order, cluster: ClusterConfig, root: Path = Path()) -> list[Ob
     if cluster.image is None or cluster.store is None:
         lacking = "image" if cluster.image is None else "store"
         raise ManifestError(f"cluster.{lacking} is not set: add it to params.yaml, section cluster.")
-    if not re.search(r"^localhost/|@sha256:[0-9a-f]{64}$", cluster.image):
+    if not re.search(r"^localhost/[^@:]+:(?!latest$)|@sha256:[0-9a-f]{64}$", cluster.image):
         raise ManifestError(
             f"cluster.image={cluster.image!r} is not named by its digest, and a tag may be other code when a pod is made anew: "
             "NAME@sha256:…, as `docker push` prints it; localhost/NAME:TAG for an image that only the nodes have."
@@ -94,6 +96,11 @@ def render(order: Order, cluster: ClusterConfig, root: Path = Path()) -> list[Ob
         raise ManifestError(f"job name {order.name!r}: at most {MAX_NAME} of a-z, 0-9 and -, beginning with a letter.")
     nodes = cluster.nodes(order.stage)
     pool = POOLS[nodes.pool]
+    if pool.devices not in (None, nodes.devices):
+        raise ManifestError(
+            f"cluster.{order.stage}.devices={nodes.devices}: a host of the pool {nodes.pool} has {pool.devices}, all of one pod. "
+            f"Set {pool.devices}."
+        )
     suffix = pool.template if order.stage == "pretrain" else ""
     path = root / FOLDER / f"{order.stage}{suffix}.yaml"
     config_map, job = read(path)

@@ -24,7 +24,7 @@ from training.cluster.manifests import PROJECT
 from training.data import remote
 from training.errors import UserError
 
-SMALL = ("*.png", "*.csv", "metrics.json")  # results beside the artifacts that a person wants back
+PLOTS = ("*.png", "*.csv")  # results beside the artifacts that a person wants back
 PROJECT_HASH = "project"  # key of a receipt's details: the files that the job was given
 WORDS = "error.txt"  # in the job's folder of the store: why it failed, for those who come when its pods are gone
 
@@ -72,7 +72,7 @@ def deliver(stage: str, tenant: str | None) -> None:
         path = Path(artifact.uri)
         outputs[name] = artifact.model_copy(update={"uri": f"{store}/{path.name}"})
         remote.upload(path, outputs[name].uri)
-    for pattern in SMALL:
+    for pattern in (*PLOTS, "metrics.json"):
         for path in folder.glob(pattern):
             remote.upload(path, f"{store}/{path.name}")
     details = made.details | {PROJECT_HASH: _project_hash()}
@@ -95,12 +95,12 @@ def last_words() -> Iterator[None]:
             raise
         words = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error)[-8:])
         _say(words)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            atexit.register(os.kill, os.getppid(), signal.SIGTERM)  # when the error is printed
         try:
             remote.write(words.encode(), f"{os.environ['BIT_STORE']}/{WORDS}")
         except (OSError, ValueError) as unreachable:  # the store may be what failed; the pod's status has the words
             print(f"{os.environ['BIT_STORE']} does not take the error: {unreachable}", file=sys.stderr)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            atexit.register(os.kill, os.getppid(), signal.SIGTERM)  # when the error is printed
         raise
 
 

@@ -70,7 +70,7 @@ def _table(source: str, data: bytes) -> Pictures:
     if rows and "path" not in rows[0]:
         raise SourceError(f"{source}: no column 'path'; found {', '.join(map(str, rows[0]))}.")
     folder = posixpath.dirname(source)
-    names = [row["path"] for row in rows]
+    names = [row["path"] or "" for row in rows]  # a row may be too short
     places = [name if "://" in name else posixpath.join(folder, name) for name in names]
 
     def read(i: int) -> bytes:

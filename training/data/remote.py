@@ -11,6 +11,8 @@ import os
 import posixpath
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -151,15 +153,27 @@ def push(folder: Path, remote: str, send: bool = True) -> str:
     return url
 
 
+@contextmanager
+def asking(url: str) -> Iterator[None]:
+    """Every store has errors of its own for keys that lack and hosts that do not answer: here they are OSErrors, as a disk's."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, UserError):
+        raise
+    except Exception as error:
+        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
+
+
 def exists(url: str) -> bool:
-    fs, path = fsspec.core.url_to_fs(url)
-    return bool(fs.exists(path))
+    with asking(url):
+        fs, path = fsspec.core.url_to_fs(url)
+        return bool(fs.exists(path))
 
 
 def text(url: str) -> str | None:
     """A small file, None where it isn't there (or its store doesn't answer)."""
     try:
-        with fsspec.open(url, "rt") as file:
+        with asking(url), fsspec.open(url, "rt") as file:
             return str(file.read())
     except OSError:
         return None
@@ -167,25 +181,28 @@ def text(url: str) -> str | None:
 
 def remove(url: str) -> None:
     """Removes a file. What is not there is removed already."""
-    fs, path = fsspec.core.url_to_fs(url)
-    if fs.exists(path):
-        fs.rm_file(path)
+    with asking(url):
+        fs, path = fsspec.core.url_to_fs(url)
+        if fs.exists(path):
+            fs.rm_file(path)
 
 
 def upload(path: Path, url: str) -> None:
     """A local file to a URL, in place of what was there; it appears whole or not at all."""
-    fs, target = fsspec.core.url_to_fs(url)
-    fs.makedirs(posixpath.dirname(target), exist_ok=True)
-    with path.open("rb") as source, fs.transaction, fs.open(target, "wb") as file:
-        shutil.copyfileobj(source, file, 2**20)
+    with asking(url), path.open("rb") as source:
+        fs, target = fsspec.core.url_to_fs(url)
+        fs.makedirs(posixpath.dirname(target), exist_ok=True)
+        with fs.transaction, fs.open(target, "wb") as file:
+            shutil.copyfileobj(source, file, 2**20)
 
 
 def write(data: bytes, url: str) -> None:
     """Bytes to a URL, in place of what was there; they appear whole or not at all."""
-    fs, target = fsspec.core.url_to_fs(url)
-    fs.makedirs(posixpath.dirname(target), exist_ok=True)
-    with fs.transaction, fs.open(target, "wb") as file:
-        file.write(data)
+    with asking(url):
+        fs, target = fsspec.core.url_to_fs(url)
+        fs.makedirs(posixpath.dirname(target), exist_ok=True)
+        with fs.transaction, fs.open(target, "wb") as file:
+            file.write(data)
 
 
 def _hashed(md5: str) -> str:

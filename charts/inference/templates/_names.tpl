@@ -122,3 +122,12 @@ scaleDown:
 {{- $unit := regexFind "[MGT]i?$" . -}}
 {{- max 1 (divf (mulf 0.9 (trimSuffix $unit . | float64) (get $bytes $unit)) 1048576.0 | int64) -}}
 {{- end -}}
+
+{{- /* What is led to from outside: all but /metrics, which needs no key. */ -}}
+{{- define "inference.paths" -}}
+/: Exact
+/openapi.json: Exact
+/static: Prefix
+/v1: Prefix
+/v2: Prefix
+{{- end }}

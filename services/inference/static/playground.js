@@ -95,7 +95,7 @@ async function question(model) {
   const explain = $("why").ariaPressed === "true" ? "&explain=overlay" : "";
   const began = performance.now();
   try {
-    const response = await ask(`v1/${address(model)}/classify?top=${TOP}${explain}`, { method: "POST", body: picture });
+    const response = await ask(`v1/${encodeURIComponent(address(model))}/classify?top=${TOP}${explain}`, { method: "POST", body: picture });
     const told = await response.json();
     const timing = response.headers.get("server-timing") || "";
     return { model, told, ok: response.ok, status: response.status, timing, took: performance.now() - began };

@@ -1,10 +1,12 @@
 """Folders by content hash, as they lie in a DVC remote: what is fetched is what its hash says, or it is refused."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
+import s3fs
 
 from training.data import remote
 from training.data.remote import Folder, RemoteError
@@ -59,3 +61,16 @@ def test_a_push_that_sends_nothing_tells_the_same_place(tmp_path: Path) -> None:
     assert not (tmp_path / "remote").exists()
     assert remote.push(tmp_path / "a", f"{tmp_path}/remote") == told
     assert Folder(told).read("x") == b"x"
+
+
+def test_a_store_without_keys_or_that_does_not_answer_fails_as_a_disk_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    url = "s3://bit-has-no-keys/error.txt"
+    with pytest.raises(OSError, match="NoCredentialsError"):
+        remote.write(b"words", url)
+    with pytest.raises(OSError, match="NoCredentialsError"):
+        remote.exists(url)
+    assert remote.text(url) is None

@@ -1,0 +1,84 @@
+"""The queues in front of the workers: what is charged is what it took, and how long the queue may become."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from services.inference.engine import Session
+from services.inference.errors import BadRequest, DeadlineExceeded, Unavailable
+from services.inference.metrics import Metrics
+from services.inference.models import Served
+from services.inference.scheduler import FIRST_GUESS_S, Scheduler, Work
+from tests.services.exports import export, gray_png
+
+LARGE = gray_png(250, 2000)
+
+
+@asynccontextmanager
+async def scheduler(max_queue_ms: float = 2000) -> AsyncIterator[Scheduler]:
+    made = Scheduler(1, 8, 5, max_queue_ms, 50_000_000, 2000, Metrics())
+    try:
+        yield made
+    finally:
+        await asyncio.to_thread(made.close)
+
+
+def served(tenant: str, session: Session) -> Served:
+    return Served(tenant, "1", "0" * 64, session, 0.0, 0)
+
+
+async def ask(scheduler: Scheduler, version: Served, *pictures: bytes, weight: float = 1, in_s: float = 60) -> list:
+    answer: asyncio.Future[list[np.ndarray]] = asyncio.get_running_loop().create_future()
+    work = Work(version, list(pictures), ("probabilities",), time.monotonic() + in_s, answer, weight)
+    return await scheduler.submit(work)
+
+
+def test_what_a_tenant_is_charged_is_what_its_work_took() -> None:
+    """Small pictures and garbage teach the scheduler a low price, at which the large ones that follow would be a bargain."""
+
+    async def run() -> None:
+        session = Session(export())
+        async with scheduler() as one:
+            honest, sly = served("honest", session), served("sly", session)
+            await ask(one, honest, LARGE)
+            price_s = one.cost_s(honest, 1)
+            for _ in range(30):
+                with pytest.raises(BadRequest):
+                    await ask(one, sly, b"garbage")
+            assert one.cost_s(sly, 1) == price_s, "nothing is learnt from what was not answered"
+            for _ in range(30):
+                await ask(one, sly, gray_png(1))
+            before_s, began = one.usage.of("sly", time.monotonic()), time.monotonic()
+            for _ in range(10):
+                await ask(one, sly, LARGE)
+            took_s = time.monotonic() - began
+            charged_s = one.usage.of("sly", time.monotonic()) - before_s
+            assert charged_s > 0.4 * took_s
+            with pytest.raises(DeadlineExceeded):
+                await ask(one, served("late", session), *[LARGE] * 64, in_s=-1)
+            await asyncio.sleep(0.05)
+            assert one.usage.of("late", time.monotonic()) < FIRST_GUESS_S, "what was not done costs nothing"
+
+    asyncio.run(run())
+
+
+def test_many_tenants_together_cannot_make_the_queue_long() -> None:
+    async def run() -> None:
+        session = Session(export(mflop=1000))
+        async with scheduler(max_queue_ms=100) as one:
+            versions = [served(f"t{n}", session) for n in range(200)]
+            asked = [asyncio.create_task(ask(one, version, gray_png(1), gray_png(1))) for version in versions]
+            await asyncio.sleep(0)
+            assert one.queue_s <= 0.3
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            refused = [answer for answer in answers if isinstance(answer, Unavailable)]
+            assert 150 < len(refused) < 200
+            assert "ms of work are waiting" in str(refused[0])
+            [rows] = await ask(one, versions[0], *[gray_png(1)] * 64)  # alone it may be larger than the queue
+            assert len(rows) == 64
+
+    asyncio.run(run())

@@ -1,0 +1,240 @@
+"""One connection, by raw sockets: what clients do to it, by accident or by design, and what the service answers."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from services.inference import wire
+from services.inference.pages import Pages, pages
+from tests.services.exports import export, gray_png
+from tests.services.running import Folder, Service, bit_serve
+
+LIMIT_S = 1.0
+PICTURE = gray_png(250)
+ASK = b"POST /v1/lamps/classify HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(PICTURE) + PICTURE
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Gives clients one second for everything."""
+    folder = tmp_path_factory.mktemp("strict")
+    store = Folder(folder)
+    store.publish("lamps", export())
+    limits = [f"--{what}_timeout_s={LIMIT_S}" for what in ("header", "body", "answer")]
+    with bit_serve(store, folder, *limits, "--max_body_bytes", "1000000") as service:
+        yield service
+
+
+Dial = Callable[..., socket.socket]
+
+
+@pytest.fixture
+def dial(strict: Service) -> Iterator[Dial]:
+    """dial(data) → a connection on which that was sent."""
+    with ExitStack() as stack:
+
+        def opened(data: bytes = b"") -> socket.socket:
+            address = "127.0.0.1", int(strict.url.rsplit(":", 1)[1])
+            connection = stack.enter_context(socket.create_connection(address, timeout=15))
+            connection.sendall(data)
+            return connection
+
+        yield opened
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    parts = []
+    while part := connection.recv(1_000_000):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def answer_of(connection: socket.socket) -> tuple[int, dict]:
+    """The next answer's status and JSON."""
+
+    def more() -> bytes:
+        part = connection.recv(1_000_000)
+        assert part, "closed before the answer was whole"
+        return part
+
+    said = more()
+    while b"\r\n\r\n" not in said:
+        said += more()
+    head, _, body = said.partition(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    while len(body) < length:
+        body += more()
+    return int(head.split()[1]), json.loads(body[:length])
+
+
+def wait_for_end(connection: socket.socket) -> float:
+    """Seconds until the service ends the connection, which it must."""
+    began = time.monotonic()
+    with contextlib.suppress(ConnectionError):
+        assert connection.recv(1) == b""
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    ("sent", "end"),
+    [
+        ((b"GET /v2 HTTP/1.1\r\nx: ", *[b"y" * 65_536] * 20), b""),
+        ((b"GET /v2 HTTP/1.1\r\nhost: x\r\nx: " + b"y" * 70_000,), b"\r\n\r\n"),
+        ((b"GET /v2 HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 200,), b"\r\n"),
+    ],
+    ids=["endless", "long", "many"],
+)
+def test_a_header_has_a_largest_size(dial: Dial, sent: tuple[bytes, ...], end: bytes) -> None:
+    connection = dial()
+    for part in (*sent, end):
+        connection.sendall(part)
+        time.sleep(0.01)
+    status, told = answer_of(connection)
+    assert (status, told["error"]) == (431, "a request's header holds at most 65,536 bytes and 100 lines")
+    assert wait_for_end(connection) < LIMIT_S + 3
+
+
+def test_trailers_have_a_largest_size_and_are_no_headers(dial: Dial) -> None:
+    head = b"POST /v1/lamps/classify HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    chunks = b"%x\r\n" % len(PICTURE) + PICTURE + b"\r\n0\r\n"
+    connection = dial(head + chunks + b"x-trailer: 1\r\n\r\n")
+    assert answer_of(connection)[0] == 200
+    connection.sendall(head + chunks)
+    for _ in range(20):
+        connection.sendall(b"x: " + b"y" * 10_000 + b"\r\n")
+        time.sleep(0.005)
+    assert answer_of(connection)[0] == 431
+
+
+@pytest.mark.parametrize("trick", [b"\r\n", b"x"])
+def test_a_connection_that_was_answered_does_not_stay_by_a_byte(dial: Dial, trick: bytes) -> None:
+    refused = b"POST /v1/nobody/classify HTTP/1.1\r\nhost: x\r\ncontent-length: 60000\r\n\r\n"
+    connection = dial(ASK if trick == b"\r\n" else refused)
+    assert answer_of(connection)[0] == (200 if trick == b"\r\n" else 404)
+    time.sleep(0.1)
+    connection.sendall(trick)
+    assert wait_for_end(connection) < LIMIT_S + 3
+
+
+def test_a_small_body_that_was_refused_leaves_the_connection(dial: Dial) -> None:
+    head = b"POST /v1/nobody/classify HTTP/1.1\r\nhost: x\r\ncontent-length: 60000\r\n\r\n"
+    connection = dial(head)
+    assert answer_of(connection)[0] == 404
+    connection.sendall(bytes(60_000) + ASK)
+    assert answer_of(connection)[0] == 200
+
+
+@pytest.mark.parametrize("body", ["whole", "apart", "chunked"])
+def test_an_offer_to_upgrade_is_ignored_and_the_body_read(dial: Dial, body: str) -> None:
+    """As Java's HttpClient sends every first request. Lost, the body would be read as the next request."""
+    offer = (
+        b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAA\r\n"
+    )
+    if body == "chunked":
+        length, data = b"transfer-encoding: chunked", b"%x\r\n" % len(PICTURE) + PICTURE + b"\r\n0\r\n\r\n"
+    else:
+        length, data = b"content-length: %d" % len(PICTURE), PICTURE
+    head = b"POST /v1/lamps/classify HTTP/1.1\r\nhost: x\r\n" + offer + length + b"\r\n\r\n"
+    connection = dial()
+    for part in (head, data) if body == "apart" else (head + data,):
+        connection.sendall(part)
+        time.sleep(0.1)
+    status, told = answer_of(connection)
+    assert (status, told["predictions"][0]["class"]) == (200, "bright")
+    connection.sendall(ASK)
+    assert answer_of(connection)[0] == 200
+
+
+def large_answer() -> bytes:
+    """A request whose answer is a megabyte."""
+    data = bytes(range(256)) * 192
+    tensor = {"name": "pixels", "datatype": "UINT8", "shape": [64, 16, 16, 3]}
+    tensor |= {"parameters": {"binary_data_size": len(data)}}
+    text = json.dumps({"inputs": [tensor], "outputs": [{"name": "feature_map"}]}).encode()
+    head = b"POST /v2/models/lamps/infer HTTP/1.1\r\nhost: x\r\ninference-header-content-length: %d\r\n" % len(text)
+    return head + b"content-length: %d\r\n\r\n" % (len(text) + len(data)) + text + data
+
+
+def test_who_does_not_read_is_cut_off(dial: Dial, strict: Service) -> None:
+    """Fifteen answers of a megabyte on each connection: more than the system's buffers hold."""
+    ask = large_answer()
+    assert answer_of(dial(ask))[0] == 200
+    before = connections(strict)
+    slow = [dial(ask * 15) for _ in range(4)]
+    end = time.monotonic() + LIMIT_S + 10
+    for number in (before + len(slow), before):
+        while connections(strict) != number:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    assert strict.classify("lamps", PICTURE).status_code == 200
+
+
+def connections(service: Service) -> int:
+    return len(list(Path(f"/proc/{service.process.pid}/fd").iterdir()))
+
+
+def test_garbage_is_refused_in_the_apis_own_form_after_what_came_before_it(dial: Dial) -> None:
+    status, told = answer_of(dial(b"\x16\x03\x01\x02\x00 not HTTP\r\n\r\n"))
+    assert (status, "not HTTP/1.1" in told["error"]) == (400, True)
+    said = read_to_end(dial(ASK + b"\x16\x03\x01 garbage\r\n\r\n"))
+    assert said.startswith(b"HTTP/1.1 200")
+    assert said.count(b"HTTP/1.1") == 1
+    said = read_to_end(dial(b"CONNECT x:1 HTTP/1.1\r\nhost: x\r\n\r\n"))
+    assert said.startswith(b"HTTP/1.1 400")
+    head = b"POST /v1/lamps/classify HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nnot a length\r\n"
+    assert answer_of(dial(head))[0] == 400
+
+
+def test_requests_on_one_connection_that_wait_are_bounded(dial: Dial) -> None:
+    said = read_to_end(dial(b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n" * 3000))
+    assert said.count(b"HTTP/1.1 200") == 1
+
+
+def test_the_answer_to_a_body_too_large_arrives_whatever_is_still_sent(dial: Dial) -> None:
+    connection = dial(b"POST /v1/lamps/classify HTTP/1.1\r\nhost: x\r\ncontent-length: 20000000\r\n\r\n")
+    for _ in range(100):
+        connection.sendall(bytes(100_000))
+    status, told = answer_of(connection)
+    assert (status, "larger than" in told["error"]) == (413, True)
+    assert wait_for_end(connection) < LIMIT_S + 3
+
+
+def test_one_connection_too_many_and_a_page_that_fails_are_told_in_the_apis_own_form() -> None:
+    nothing: list = [None] * 7
+
+    async def ask() -> list[httpx.Response]:
+        config = uvicorn.Config(
+            pages(Pages(*nothing)),
+            port=0,
+            http=wire.protocol(wire.Limits(1, 1, 1)),
+            limit_concurrency=1,
+            ws="none",
+            log_config=None,
+        )
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/tenants"
+        async with httpx.AsyncClient() as client:
+            crowded = await client.get(address)
+        config.limit_concurrency = None
+        async with httpx.AsyncClient() as client:
+            failed = await client.get(address)
+        server.should_exit = True
+        await serving
+        return [crowded, failed]
+
+    crowded, failed = asyncio.run(ask())
+    assert (crowded.status_code, "connections" in crowded.json()["error"]) == (503, True)
+    assert crowded.headers["retry-after"] == "1"
+    assert (failed.status_code, failed.json()["error"]) == (500, "internal error")
