@@ -6,6 +6,8 @@ through OpenCV. numpy only: neither torch nor the training package is imported.
 
 import contextlib
 import struct
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,7 +17,13 @@ from numpy.typing import NDArray
 Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 100_000_000  # refused from the header on, before a decompression bomb is unpacked
-MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten, an attacker thousands of empty ones over many pixels
+MAX_SCANS = 100  # of a JPEG; encoders write about ten, an attacker thousands of empty ones over many pixels
+MAX_MARKERS = 10_000  # before a JPEG's first scan; a camera writes dozens, an attacker one in every two bytes
+STRIP_BYTES = (
+    4 * 2**20
+)  # of a picture whose colours are computed here: what its intermediate results are made from at once
+FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # markers SOFn of a JPEG; C0 and C1 are sequential
+SCAN = 0xDA  # marker SOS
 SIGNATURES = {
     b"\xff\xd8\xff": "jpeg",
     b"\x89PNG\r\n\x1a\n": "png",
@@ -47,11 +55,30 @@ def resize(image: Pixels, size: int) -> Pixels:
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def decode(data: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Pixels:
+def decode(
+    data: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXELS, shrink: int = 1, fast: bool = False
+) -> Pixels:
     """An encoded picture as uint8 [h, w, 3] RGB, upright (EXIF applied), transparency on white, of an animation the first frame.
 
-    min_side: a JPEG may come back smaller than it is, but with no side below this. Raises PictureError.
+    min_side: a JPEG may come back smaller than it is, but with no side below this. shrink: 1, 2, 4 or 8, a JPEG comes back so
+    many times smaller, which costs less than the whole (libjpeg-turbo has SIMD for these four). fast: the colour of a JPEG, which
+    is kept at half the size, is repeated instead of interpolated. Raises PictureError.
     """
+    kind, (width, height) = _announced(data, max_pixels)
+    least = (-(-height // shrink), -(-width // shrink)) if shrink > 1 else (min_side or 0, min_side or 0)
+    image = _decode_jpeg(data, *least, fast) if kind == "jpeg" else None
+    return image if image is not None else _decode_any(data, kind)
+
+
+def upright_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) that `decode` gives to the whole picture, from its header. Raises PictureError."""
+    kind, (width, height) = _announced(data, max_pixels)
+    turned = kind == "jpeg" and _exif_orientation(data) >= 5
+    return (width, height) if turned else (height, width)
+
+
+def _announced(data: bytes, max_pixels: int) -> tuple[str, tuple[int, int]]:
+    """The kind and (width, height) that the header tells. Raises PictureError where that is not to be unpacked."""
     kind = sniff(data)
     if kind is None:
         raise PictureError(
@@ -62,10 +89,9 @@ def decode(data: bytes, min_side: int | None = None, max_pixels: int = MAX_PIXEL
         raise PictureError(f"a {kind} of {len(data)} bytes whose header does not tell its size.")
     if size[0] * size[1] > max_pixels:
         raise PictureError(f"a {kind} of {size[0]} × {size[1]} pixels; at most {max_pixels:,} pixels are read.")
-    if kind == "jpeg" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+    if kind == "jpeg" and not _has_one_scan(data) and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise PictureError(f"a jpeg of {scans} scans; at most {MAX_SCANS} are read.")
-    image = _decode_jpeg(data, min_side) if kind == "jpeg" else None
-    return image if image is not None else _decode_any(data, kind)
+    return kind, size
 
 
 def sniff(data: bytes) -> str | None:
@@ -101,24 +127,47 @@ def dimensions(data: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg_dimensions(data: bytes) -> tuple[int, int] | None:
-    """simplejpeg has no name for unusual sampling factors or colours, which OpenCV reads: then from the frame's own marker.
-
-    ITU T.81, B.1.1 and B.2.2: markers are FF and a code, the segment's length behind most of them; SOFn holds the size.
-    """
+    """simplejpeg has no name for unusual sampling factors or colours, which OpenCV reads: then from the frame's own marker."""
     with contextlib.suppress(ValueError, KeyError):
         height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
         return width, height
+    frame = next((at for code, at in _jpeg_markers(data) if code in FRAMES), None)
+    if frame is None:
+        return None
+    height, width = struct.unpack(">HH", data[frame + 5 : frame + 9])
+    return width, height
+
+
+def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
+    """(code, place) of each marker up to the first scan, in order; none beyond MAX_MARKERS.
+
+    ITU T.81, B.1.1 and B.2.2: markers are FF and a code, the segment's length behind most of them; SOFn holds the size.
+    """
     at = 2
-    while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
+    for _ in range(MAX_MARKERS):
+        at = data.find(b"\xff", at)
+        if at < 0 or at + 1 >= len(data):
+            return
         code = data[at + 1]
-        if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack(">HH", data[at + 5 : at + 9])
-            return width, height
         if code in (0x00, 0x01, 0xFF) or 0xD0 <= code <= 0xD8:  # stuffing, or a marker without a segment
             at += 1 if code == 0xFF else 2
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
+            continue
+        yield code, at
+        if code == SCAN:
+            return
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+
+
+def _has_one_scan(data: bytes) -> bool:
+    """Whether a decoder stops after the first scan: it holds all components of a frame that is not progressive (B.2.3)."""
+    frames, components = [], 0
+    for code, at in _jpeg_markers(data):
+        if code in FRAMES:
+            frames.append(code)
+            components = data[at + 9] if at + 9 < len(data) else 0
+        elif code == SCAN:
+            return frames in ([0xC0], [0xC1]) and data[at + 4 : at + 5] == bytes([components])
+    return False
 
 
 def _webp_dimensions(data: bytes) -> tuple[int, int] | None:
@@ -135,17 +184,16 @@ def _webp_dimensions(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _decode_jpeg(data: bytes, min_side: int | None) -> Pixels | None:
-    """None where libjpeg-turbo refuses what OpenCV may still read."""
+def _decode_jpeg(data: bytes, min_height: int, min_width: int, fast: bool) -> Pixels | None:
+    """None where libjpeg-turbo refuses what OpenCV may still read. The least sides are of the file, before EXIF turns it."""
     try:
         _, _, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
         if colorspace in ("CMYK", "YCCK"):
-            # Adobe writes CMYK inverted, so that 255 is no ink: RGB is then the ink left over times the black left over.
-            cmyk = simplejpeg.decode_jpeg(data, "CMYK", strict=False).astype(np.uint16)
-            image = (cmyk[..., :3] * cmyk[..., 3:] // 255).astype(np.uint8)
+            image = _in_strips(simplejpeg.decode_jpeg(data, "CMYK", strict=False), _rgb_of_cmyk)
         else:
-            smallest = min_side or 0
-            image = simplejpeg.decode_jpeg(data, "RGB", min_height=smallest, min_width=smallest, strict=False)
+            image = simplejpeg.decode_jpeg(
+                data, "RGB", fastupsample=fast, min_height=min_height, min_width=min_width, strict=False
+            )
     except (ValueError, KeyError):  # KeyError: a colour space that simplejpeg has no name for
         return None
     return _upright(image, _exif_orientation(data))
@@ -159,16 +207,37 @@ def _decode_any(data: bytes, kind: str) -> Pixels:
         raise PictureError(f"a {kind} of {len(data)} bytes that cannot be decoded: {error.err}.") from None
     if image is None:
         raise PictureError(f"a {kind} of {len(data)} bytes that cannot be decoded: it is damaged or cut off.")
+    if image.dtype not in (np.uint8, np.uint16):
+        raise PictureError(f"a {kind} with {image.dtype} values; 8 or 16 bits per channel are read.")
+    if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    return _in_strips(image, _rgb_of_any)
+
+
+def _in_strips(image: NDArray[Any], convert: Callable[[NDArray[Any]], Pixels]) -> Pixels:
+    """`convert` of a picture, so many rows at a time that its intermediate results stay small: uint8 [h, w, 3]."""
+    made = np.empty((*image.shape[:2], 3), np.uint8)
+    rows = max(1, STRIP_BYTES // image[0].nbytes)
+    for start in range(0, len(image), rows):
+        made[start : start + rows] = convert(image[start : start + rows])
+    return made
+
+
+def _rgb_of_cmyk(cmyk: Pixels) -> Pixels:
+    """Adobe writes CMYK inverted, so that 255 is no ink: RGB is then the ink left over times the black left over."""
+    left = cmyk.astype(np.uint16)
+    return (left[..., :3] * left[..., 3:] // 255).astype(np.uint8)
+
+
+def _rgb_of_any(image: NDArray[Any]) -> Pixels:
+    """Gray, BGR or BGRA of 8 or 16 bits, as OpenCV reads it; transparency becomes white."""
     if image.dtype == np.uint16:
         image = (image >> 8).astype(np.uint8)
-    elif image.dtype != np.uint8:
-        raise PictureError(f"a {kind} with {image.dtype} values; 8 or 16 bits per channel are read.")
     if image.ndim == 2:
         return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     if image.shape[2] == 4:
         alpha = image[..., 3:].astype(np.uint16)
-        blended = image[..., :3] * alpha + 255 * (255 - alpha)
-        image = (blended // 255).astype(np.uint8)
+        image = ((image[..., :3] * alpha + 255 * (255 - alpha)) // 255).astype(np.uint8)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -184,8 +253,9 @@ def _upright(image: Pixels, orientation: int) -> Pixels:
 
 
 def _exif_orientation(data: bytes) -> int:
-    """1 to 8; 1 where no EXIF block says otherwise."""
-    start = data.find(b"Exif\x00\x00", 0, 65_536)
+    """1 to 8; 1 where no EXIF block says otherwise. Looked for before the first scan, which is most of the file."""
+    scan = next((at for code, at in _jpeg_markers(data) if code == SCAN), len(data))
+    start = data.find(b"Exif\x00\x00", 0, min(scan, 65_536))
     if start < 0:
         return 1
     try:

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import struct
+import time
+import tracemalloc
 from collections.abc import Callable
 
 import cv2
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from services.preprocess import MAX_PIXELS, PictureError, decode, dimensions, pixels, sniff
+from services.preprocess import MAX_PIXELS, STRIP_BYTES, PictureError, decode, dimensions, pixels, sniff, upright_size
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -156,3 +158,67 @@ def test_decoding_a_small_jpeg_for_a_small_size_keeps_enough_pixels(picture: Cal
     image = decode(picture(800, 600, ".jpg"), 128)
     assert min(image.shape[:2]) >= 128
     assert image.shape[0] < 600
+
+
+def test_a_jpeg_can_be_had_at_a_half_a_quarter_and_an_eighth() -> None:
+    whole, exif = saved(gradient(500, 375), "jpeg"), Image.Exif()
+    exif[0x0112] = 6
+    turned = saved(gradient(375, 500), "jpeg", exif=exif)
+    for data in (whole, turned):
+        assert upright_size(data) == decode(data).shape[:2] == (375, 500)
+        assert [decode(data, shrink=shrink).shape[:2] for shrink in (2, 4, 8)] == [(188, 250), (94, 125), (47, 63)]
+    assert close(decode(whole, shrink=2), np.asarray(gradient(250, 188)), 5)
+
+
+@pytest.mark.parametrize("first", [b"\x01", b"\x03"], ids=["a component", "all components"])
+def test_scans_count_wherever_a_decoder_goes_on_after_the_first(first: bytes) -> None:
+    """A baseline JPEG whose first scan holds one component of three is unpacked scan by scan, as a progressive one."""
+    whole = saved(gradient(), "jpeg")
+    at = whole.index(b"\xff\xda")
+    bomb = whole[: at + 4] + first + whole[at + 5 : -2] + 1000 * whole[at:-2] + whole[-2:]
+    if first == b"\x03":
+        assert decode(bomb).shape == (48, 64, 3)  # all after the first scan is ignored
+    else:
+        with pytest.raises(PictureError, match="a jpeg of 1001 scans"):
+            decode(bomb)
+
+
+@pytest.mark.parametrize("filling", [b"\xff", b"\xff\x00", b"\xff\xe1\x00\x02"], ids=["fill", "stuffing", "segments"])
+def test_millions_of_markers_take_no_time(filling: bytes) -> None:
+    whole = saved(gradient(), "jpeg", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    bomb = whole[:2] + filling * (4_000_000 // len(filling)) + whole[2:-2] + 1000 * whole[last:-2] + whole[-2:]
+    began = time.process_time()
+    with pytest.raises(PictureError):
+        decode(bomb)
+    assert time.process_time() - began < 0.2
+
+
+def cmyk_and_its_rgb() -> tuple[bytes, np.ndarray]:
+    data = saved(gradient(1500, 2000).convert("CMYK"), "jpeg", quality=95)
+    ink = simplejpeg.decode_jpeg(data, "CMYK").astype(np.uint16)
+    return data, ink[..., :3] * ink[..., 3:] // 255
+
+
+def clear_and_its_rgb() -> tuple[bytes, np.ndarray]:
+    deep = np.zeros((2000, 1500, 4), np.uint16)
+    deep[...] = np.arange(2000)[:, None, None] * 32 + np.array([5, 600, 7000, 300])
+    narrow = deep >> 8
+    bgr = (narrow[..., :3] * narrow[..., 3:] + 255 * (255 - narrow[..., 3:])) // 255
+    return cv2.imencode(".png", deep)[1].tobytes(), bgr[..., ::-1]
+
+
+@pytest.mark.parametrize("drawn", [cmyk_and_its_rgb, clear_and_its_rgb])
+def test_colours_are_computed_in_little_more_memory_than_the_picture(
+    drawn: Callable[[], tuple[bytes, np.ndarray]],
+) -> None:
+    data, expected = drawn()
+    unpacked = 2000 * 1500 * (4 if drawn is cmyk_and_its_rgb else 8)
+    tracemalloc.start()
+    try:
+        made = decode(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(made, expected)
+    assert peak < unpacked + made.nbytes + 6 * STRIP_BYTES

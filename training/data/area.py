@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from services import preprocess
-
 SHARES, RATIOS = (0.05, 1.0), (3 / 4, 4 / 3)
 TRIES = 10  # draws until one fits into the picture; then the largest centred part of an allowed ratio
 
@@ -39,10 +37,3 @@ def draw(rng: np.random.Generator, count: int) -> AreaDraw:
     size = (count, TRIES)
     share, log_ratio = rng.uniform(*SHARES, size), rng.uniform(np.log(RATIOS[0]), np.log(RATIOS[1]), size)
     return AreaDraw(share, log_ratio, rng.random(size), rng.random(size))
-
-
-def crop(data: bytes, drawn: AreaDraw, row: int, size: int) -> NDArray[np.uint8]:
-    """The drawn part of an encoded picture, resized to uint8 [size, size, 3]."""
-    image = preprocess.decode(data)
-    top, left, height, width = drawn.box(row, *image.shape[:2])
-    return preprocess.resize(np.ascontiguousarray(image[top : top + height, left : left + width]), size)

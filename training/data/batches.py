@@ -1,25 +1,26 @@
 """The stream of training batches: a pure function of (dataset, seed, global batch, step).
 
 A rank takes its slice and a micro-batch a slice of that, so a resumed run and a run on another world size see the same
-examples, cropped and flipped alike. Small splits are decoded once and kept as uint8; large ones are decoded as they come, in an
-order that reads the shards window by window.
+examples, cropped and flipped alike. Pictures of small splits are decoded as they are first needed and kept as uint8; those of
+large ones are decoded each time, only the crop resized (data/crops.py), in an order that reads the shards window by window.
 """
 
 import contextlib
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from services import preprocess
-from training.data import area, augment
+from training.data import area, augment, crops
 from training.data.dataset import Split
 from training.errors import UserError
 
@@ -27,6 +28,7 @@ CACHE_BYTES = 2 * 2**30  # decoded splits up to this size stay in memory
 WINDOW = 16_384  # examples that are shuffled together where a split is too large for the cache
 THREADS = min(16, os.cpu_count() or 1)
 PREFETCH = 4  # batches made ahead of the step that needs them
+CHUNK = 8  # pictures that a thread takes at once
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Stream:
 
     resize, crop: pictures are squashed to resize × resize, then cropped at random to crop × crop; with `crops` false they are
     squashed to crop × crop at once. by_area: crops by area instead (data/area.py), out of the picture as it is. on_device: crops
-    and flips are drawn here but done by the training step.
+    and flips are drawn here but done by the training step. unit: so many neighbours stay together (2: mixup pairs them).
+    pinned: batches made ahead lie in memory that a GPU copies from while it computes.
     """
 
     def __init__(
@@ -65,7 +68,10 @@ class Stream:
         on_device: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        unit: int = 1,
+        pinned: bool = False,
         cache_bytes: int = CACHE_BYTES,
+        threads: int = THREADS,
     ) -> None:
         if crop > resize:
             raise UserError(f"crop={crop} is larger than resize={resize}; choose resize ≥ crop.")
@@ -73,32 +79,33 @@ class Stream:
             raise UserError(f"the split {split.name!r} is empty; there is nothing to train on.")
         self.split, self.seed, self.global_batch = split, seed, global_batch
         self.resize, self.crop, self.flips = (resize if crops else crop), crop, flips
-        self.rank, self.world_size = rank, world_size
-        self.targets = split.targets()
+        self.rank, self.world_size, self.unit, self.pinned = rank, world_size, unit, pinned
         self.by_area, self.on_device = by_area, on_device
         self.cached = not by_area and len(split) * self.resize**2 * 3 <= cache_bytes
-        self._pool = ThreadPoolExecutor(THREADS)
+        self._pool = ThreadPoolExecutor(threads)
         self._pictures: NDArray[np.uint8] | None = None
-        self._order = lru_cache(maxsize=2)(self._permutation)
+        self._known = np.zeros(len(split) if self.cached else 0, np.bool_)
+        self._orders: dict[int, NDArray[np.int64]] = {}  # of an epoch and the one before: a batch may reach over both
 
     def batch(self, step: int, micro: int = 0, num_micro: int = 1) -> Batch:
         """Micro-batch `micro` of `num_micro` of this rank's share of the global batch at optimizer step `step`."""
-        share = self.global_batch // self.world_size
-        size = share // num_micro
-        start = self.rank * share + micro * size
-        indices = self.indices(step)[start : start + size]
+        first, last = cut(self.global_batch, self.rank, self.world_size, self.unit)
+        start, stop = (first + place for place in cut(last - first, micro, num_micro, self.unit))
+        indices = self.indices(step)[start:stop]
+        targets = self.split.targets(indices)
         rng = np.random.default_rng((self.seed, step, 0xC409))
-        drawn = augment.draw(rng, self.global_batch, self.resize, self.crop, self.flips).part(start, start + size)
-        if self.by_area:
-            boxes = area.draw(np.random.default_rng((self.seed, step, 0xA4EA)), self.global_batch)
-            images = self._cropped(indices, boxes, start)
-            images[drawn.flip] = images[drawn.flip, :, ::-1]
-            return Batch(images, self.targets[indices], indices, self.crop)
-        pictures, rows = self._decoded(indices)
+        drawn = augment.draw(rng, self.global_batch, self.resize, self.crop, self.flips).part(start, stop)
+        if self.cached:
+            pictures, rows = self._kept(indices), indices
+        elif self.on_device and not self.by_area:
+            pictures, rows = self._read(indices, self.resize, lambda row: crops.whole), np.arange(len(indices))
+        else:
+            images = self._read(indices, self.crop, self._boxes(drawn, step, start))
+            augment.flip(images, drawn.flip)
+            return Batch(images, targets, indices, self.crop)
         if self.on_device:
-            return Batch(pictures[rows], self.targets[indices], indices, self.crop, drawn)
-        images = augment.crop_and_flip(pictures, rows, self.crop, drawn)
-        return Batch(images, self.targets[indices], indices, self.crop)
+            return Batch(pictures[rows], targets, indices, self.crop, drawn)
+        return Batch(augment.crop_and_flip(pictures, rows, self.crop, drawn), targets, indices, self.crop)
 
     def indices(self, step: int) -> NDArray[np.int64]:
         """The examples of the global batch at `step`, int64 [global_batch]: each once per epoch, epochs back to back."""
@@ -112,20 +119,21 @@ class Stream:
 
     def prefetch(self, start_step: int, stop_step: int, num_micro: int = 1) -> Iterator[Batch]:
         """All micro-batches of the steps [start_step, stop_step), made by a thread ahead of their use."""
-        made: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH)
+        ready: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH)
         abandoned = threading.Event()
 
         def put(item: Batch | BaseException) -> None:
             while not abandoned.is_set():
                 with contextlib.suppress(queue.Full):
-                    made.put(item, timeout=0.1)
+                    ready.put(item, timeout=0.1)
                     return
 
         def work() -> None:
             try:
                 for step in range(start_step, stop_step):
                     for micro in range(num_micro):
-                        put(self.batch(step, micro, num_micro))
+                        made = self.batch(step, micro, num_micro)
+                        put(in_pinned_memory(made) if self.pinned else made)
                         if abandoned.is_set():
                             return
             except BaseException as error:  # handed to the consumer, who raises it
@@ -135,7 +143,7 @@ class Stream:
         thread.start()
         try:
             for _ in range((stop_step - start_step) * num_micro):
-                item = made.get()
+                item = ready.get()
                 if isinstance(item, BaseException):
                     raise item
                 yield item
@@ -143,36 +151,70 @@ class Stream:
             abandoned.set()
             thread.join()
 
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._orders:
+            self._orders = {kept: order for kept, order in self._orders.items() if kept == epoch - 1}
+            self._orders[epoch] = self._permutation(epoch)
+        return self._orders[epoch]
+
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         """The order of an epoch: a permutation, or, for a split that isn't cached, shards and then windows shuffled."""
         rng = np.random.default_rng((self.seed, epoch, 0x0E0C))
         if self.cached:
             return rng.permutation(len(self.split))
-        names = np.array(self.split.shards)
-        shards = rng.permutation(np.unique(names))
-        order = np.concatenate([np.flatnonzero(names == name) for name in shards])
+        places = np.argsort(rng.permutation(len(self.split.shard_names)))
+        order = np.argsort(places[self.split.shards], kind="stable")
         for start in range(0, len(order), WINDOW):
             rng.shuffle(order[start : start + WINDOW])
         return order
 
-    def _cropped(self, indices: NDArray[np.int64], boxes: area.AreaDraw, start: int) -> NDArray[np.uint8]:
-        """Crops by area [m, crop, crop, 3]; row i of this part of the batch is row start + i of what was drawn."""
-        images = np.empty((len(indices), self.crop, self.crop, 3), np.uint8)
+    def _boxes(self, drawn: augment.Draw, step: int, start: int) -> Callable[[int], crops.BoxOf]:
+        """Row of this part of the batch, which starts at `start` of the global one → the box of its crop."""
+        if not self.by_area:
+            return lambda row: partial(drawn.box, row, self.resize, self.crop)
+        boxes = area.draw(np.random.default_rng((self.seed, step, 0xA4EA)), self.global_batch)
+        return lambda row: partial(boxes.box, start + row)
+
+    def _read(self, indices: NDArray[np.int64], size: int, box_of: Callable[[int], crops.BoxOf]) -> NDArray[np.uint8]:
+        """Parts of pictures straight out of their files [m, size, size, 3]."""
+        images = np.empty((len(indices), size, size, 3), np.uint8)
 
         def one(row: int) -> None:
-            images[row] = area.crop(self.split.read(int(indices[row])), boxes, start + row, self.crop)
+            images[row] = crops.of(self.split.read(int(indices[row])), size, box_of(row))
 
-        for _ in self._pool.map(one, range(len(indices)), chunksize=64):
-            pass
+        each(self._pool, one, len(indices))
         return images
 
-    def _decoded(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """Pictures [m, R, R, 3] and the rows among them that `indices` mean."""
-        if not self.cached:
-            return decode(self.split, indices, self.resize, self._pool), np.arange(len(indices))
+    def _kept(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The split's pictures [n, R, R, 3], those of `indices` decoded."""
         if self._pictures is None:
-            self._pictures = decode(self.split, np.arange(len(self.split)), self.resize, self._pool)
-        return self._pictures, indices
+            self._pictures = np.empty((len(self.split), self.resize, self.resize, 3), np.uint8)
+        missing = np.unique(indices[~self._known[indices]])
+        self._pictures[missing] = decode(self.split, missing, self.resize, self._pool)
+        self._known[missing] = True
+        return self._pictures
+
+
+def cut(count: int, part: int, parts: int, unit: int = 1) -> tuple[int, int]:
+    """[start, stop) of one of `parts` of `count` examples, `unit` neighbours together; sizes differ by a unit at most."""
+    units = count // unit
+    return units * part // parts * unit, units * (part + 1) // parts * unit
+
+
+def in_pinned_memory(batch: Batch) -> Batch:
+    images, targets = (torch.from_numpy(array).pin_memory().numpy() for array in (batch.images, batch.targets))
+    return replace(batch, images=images, targets=targets)
+
+
+def each(pool: ThreadPoolExecutor, work: Callable[[int], None], count: int) -> None:
+    """`work` on 0 to count - 1 over the threads of `pool`, several a task."""
+
+    def some(start: int) -> None:
+        for row in range(start, min(start + CHUNK, count)):
+            work(row)
+
+    for _ in pool.map(some, range(0, count, CHUNK)):
+        pass
 
 
 def decode(split: Split, indices: NDArray[np.int64], size: int, pool: ThreadPoolExecutor) -> NDArray[np.uint8]:
@@ -182,8 +224,7 @@ def decode(split: Split, indices: NDArray[np.int64], size: int, pool: ThreadPool
     def one(row: int) -> None:
         pictures[row] = preprocess.pixels(split.read(int(indices[row])), size)
 
-    for _ in pool.map(one, range(len(indices)), chunksize=64):
-        pass
+    each(pool, one, len(indices))
     return pictures
 
 
@@ -191,9 +232,8 @@ def eval_batches(
     split: Split, size: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.int64]]]:
     """(images [n, size, size, 3], targets, indices) in the split's order; rank r takes examples r, r + world_size, …"""
-    targets = split.targets()
     mine = np.arange(rank, len(split), world_size)
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(mine), batch_size):
             indices = mine[start : start + batch_size]
-            yield decode(split, indices, size, pool), targets[indices], indices
+            yield decode(split, indices, size, pool), split.targets(indices), indices

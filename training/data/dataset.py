@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from training.data.remote import Folder
+from training.data.remote import File, Folder
 from training.data.shards import EXAMPLES, FORMAT, INDEX, DatasetError
 
 MAX_OPEN = 64  # shards of a split: most systems allow a process 1,024 files, some 256
@@ -68,78 +68,72 @@ class Dataset:
         if name not in self.splits:
             raise DatasetError(f"{self.url} has no split {name!r}. Choices: {', '.join(self.splits)}.")
         table = self._examples
-        return Split(self, name, table.filter(pa.compute.equal(table["split"], name)))
+        mask = pa.compute.equal(table["split"], name)
+        first, count = pa.compute.index(mask, True).as_py(), pa.compute.sum(mask).as_py()
+        together = pa.compute.all(mask.slice(max(first, 0), count)).as_py()
+        return Split(self, name, table.slice(first, count) if first >= 0 and together else table.filter(mask))
 
 
 class Split:
-    """One split's examples, in the order in which they lie in the shards."""
+    """One split's examples, in the order in which they lie in the shards. Columns are arrays: upstream splits have 14 M rows.
+
+    shards: int32 [n], which of shard_names each example lies in.
+    """
 
     def __init__(self, dataset: Dataset, name: str, table: pa.Table) -> None:
-        self.dataset, self.name = dataset, name
-        self.keys: list[str] = table["key"].to_pylist()
-        self.sha256: list[str] = table["sha256"].to_pylist()
-        self.shards: list[str] = table["shard"].to_pylist()
-        self.labels: list[list[int]] = table["labels"].to_pylist()
-        self.widths: NDArray[np.int32] = table["width"].to_numpy()
-        self.heights: NDArray[np.int32] = table["height"].to_numpy()
-        self._offsets, self._lengths = table["offset"].to_pylist(), table["length"].to_pylist()
-        self._files: dict[str, Any] = {}  # that which was used last comes last
+        self.dataset, self.name, self._table = dataset, name, table
+        names, codes = np.unique(table["shard"].unique().to_pylist(), return_inverse=True)
+        coded = table["shard"].combine_chunks().dictionary_encode()
+        self.shard_names: list[str] = names.tolist()
+        self.shards: NDArray[np.int32] = codes.astype(np.int32)[coded.indices.to_numpy()]
+        self._offsets, self._lengths = table["offset"].to_numpy(), table["length"].to_numpy()
+        self._labels = pa.compute.list_flatten(table["labels"]).to_numpy()
+        self._starts = np.cumsum([0, *pa.compute.list_value_length(table["labels"]).to_numpy()])
+        self._files: dict[str, File] = {}  # that which was used last comes last
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return int(self._table.num_rows)
 
     def __iter__(self) -> Iterator[bytes]:
         return (self.read(i) for i in range(len(self)))
 
-    def targets(self) -> NDArray[Any]:
-        """int64 [n] class indices, or float32 [n, C] with a 1 for each label where pictures have several."""
+    @cached_property
+    def keys(self) -> list[str]:
+        return self._table["key"].to_pylist()
+
+    @cached_property
+    def sha256(self) -> list[str]:
+        return self._table["sha256"].to_pylist()
+
+    @cached_property
+    def labels(self) -> list[list[int]]:
+        return self._table["labels"].to_pylist()
+
+    def targets(self, rows: NDArray[np.int64] | None = None) -> NDArray[Any]:
+        """Of the rows (None: of all) int64 [m] class indices, or float32 [m, C] with a 1 for each label where there are several.
+
+        Of several labels ask for few rows at once: a row has all classes.
+        """
+        rows = np.arange(len(self)) if rows is None else rows
+        first, counts = self._starts[rows], self._starts[rows + 1] - self._starts[rows]
         if not self.dataset.multi_label:
-            return np.array([labels[0] for labels in self.labels], dtype=np.int64)
-        hot = np.zeros((len(self), self.dataset.num_classes), np.float32)
-        for row, labels in enumerate(self.labels):
-            hot[row, labels] = 1
+            return self._labels[first].astype(np.int64)
+        hot = np.zeros((len(rows), self.dataset.num_classes), np.float32)
+        ends = np.cumsum(counts)
+        places = np.arange(ends[-1] if len(rows) else 0) + np.repeat(first - ends + counts, counts)
+        hot[np.repeat(np.arange(len(rows)), counts), self._labels[places]] = 1
         return hot
 
     def read(self, i: int) -> bytes:
         """The bytes of picture `i`; safe to call from several threads."""
-        name, offset, length = self.shards[i], self._offsets[i], self._lengths[i]
+        name = self.shard_names[self.shards[i]]
         with self._lock:
-            file = self._files.pop(name) if name in self._files else self._opened(name)
+            file = self._files.pop(name) if name in self._files else self.dataset.folder.file(name)
             self._files[name] = file
             if len(self._files) > MAX_OPEN:
-                self._let_go(next(iter(self._files)))
-            if not isinstance(file, LocalFile):
-                file.seek(offset)
-                return file.read(length)
-        return file.read(offset, length)
-
-    def _opened(self, name: str) -> Any:
-        path = self.dataset.folder.path(name)
-        return LocalFile(os.open(path, os.O_RDONLY)) if os.path.exists(path) else self.dataset.folder.open(name)
-
-    def _let_go(self, name: str) -> None:
-        file = self._files.pop(name)
-        if not isinstance(file, LocalFile):  # another thread may still read a local one
-            file.close()
+                del self._files[next(iter(self._files))]
+        return file.read(int(self._offsets[i]), int(self._lengths[i]))
 
     def close(self) -> None:
-        for name in list(self._files):
-            self._let_go(name)
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class LocalFile:
-    """A file on this machine's disk, closed when the last of the threads that read it lets go of it."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Safe to call from several threads at once."""
-        return os.pread(self._descriptor, length, offset)
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
+        self._files.clear()

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import fsspec
 
@@ -60,6 +60,43 @@ class Folder:
     def read(self, name: str) -> bytes:
         with self.open(name) as file:
             return file.read()
+
+    def file(self, name: str) -> "File":
+        """A file, to be read at random by several threads. Raises RemoteError for one that isn't what its hash says."""
+        path = self.path(name)
+        if self.url.endswith(DIR) and not is_local(path):
+            path = str(_kept(path))
+        return LocalFile(path.removeprefix("file://")) if is_local(path) else RemoteFile(path)
+
+
+class File(Protocol):
+    """Read at random, by several threads at once."""
+
+    def read(self, offset: int, length: int) -> bytes: ...
+
+
+class LocalFile:
+    """A file on this machine's disk, closed when the last of the threads that read it lets go of it."""
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return os.pread(self._descriptor, length, offset)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):  # it could be opened
+            os.close(self._descriptor)
+
+
+class RemoteFile:
+    """A file of a store: one request for each part that is read, of that part alone."""
+
+    def __init__(self, url: str) -> None:
+        self._fs, self._path = fsspec.core.url_to_fs(url)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(self._fs.cat_file(self._path, start=offset, end=offset + length))
 
 
 def _kept(url: str) -> Path:

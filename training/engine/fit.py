@@ -53,13 +53,11 @@ def fit(
     well; without one they lie under `name` and are removed at once.
     """
     test = data.split("test")
-    targets = test.targets()
     history: History = defaultdict(list)
 
     def evaluate() -> dict[str, float]:
-        size = recipe.global_batch // world.size // recipe.num_micro(world.size)
-        answers = inference.predict(model, test, view.crop, size * world.backend.evaluated, data.multi_label, world)
-        return inference.score(answers, targets)
+        size = recipe.largest_micro(world.size) * world.backend.evaluated
+        return inference.measure(model, test, view.crop, size, data.multi_label, world, recipe.precision)
 
     def log(figures: dict[str, float], step: int) -> None:
         record(figures, step)
@@ -84,6 +82,8 @@ def fit(
         on_device=recipe.on_device,
         rank=world.rank,
         world_size=world.size,
+        unit=recipe.unit,
+        pinned=world.device.type == "cuda",
     )
     checkpoints = Checkpoints(
         (attempt.store.child(folder) if folder else attempt.store) if attempt else store.of(name),

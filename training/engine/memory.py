@@ -9,7 +9,7 @@ import torch
 
 from training.config import Optimisation
 from training.engine.distributed import World
-from training.engine.recipe import BatchError, Recipe
+from training.engine.recipe import Recipe
 from training.models import fused
 from training.models.resnet import ResNet
 
@@ -33,11 +33,8 @@ def find(model: ResNet, recipe: Recipe, crop: int, world: World, free: float | N
     free: bytes; default: what the device has.
     Estimated from what one pair of pictures keeps for backward; on a GPU tried too, and halved as long as it does not fit.
     """
-    share = recipe.global_batch // world.size
-    step = 2 if recipe.mixup_alpha else 1
-    sizes = [size for size in range(share, 0, -1) if share % size == 0 and size % step == 0]
-    if not sizes:
-        raise BatchError(f"a rank's share of {share} examples cannot be halved for mixup; choose an even global_batch.")
+    share = recipe.share(world.size)
+    sizes = [size for size in range(share, 0, -1) if share % size == 0 and size % recipe.unit == 0]
     bf16 = recipe.precision == "bf16"
     free = world.backend.free_bytes() if free is None else free
     room = SHARE * free / picture_bytes(model, crop, bf16)

@@ -1,16 +1,20 @@
 """How a network is trained, as values: what the HyperRule or params.yaml say, ready for the loop."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from training.config import Optimisation, Precision, Sharding
 from training.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 class BatchError(UserError):
-    """A global batch that cannot be cut into ranks and micro-batches."""
+    """A global batch that cannot be shared by so many ranks, or whose pairs cannot stay together."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +45,56 @@ class Recipe:
     keep_every: int = 0
     on_device: bool = False  # crops and flips
 
-    def num_micro(self, world_size: int) -> int:
-        """Forward/backward passes per optimizer step and rank. Raises BatchError where the batch cannot be split."""
-        share, rest = divmod(self.global_batch, world_size)
-        if rest or share == 0:
-            fitting = [size for size in range(1, self.global_batch + 1) if self.global_batch % size == 0]
-            near = sorted(sorted(fitting, key=lambda size: abs(size - world_size))[:5])
+    @property
+    def unit(self) -> int:
+        """Neighbours that must stay together: mixup pairs them."""
+        return 2 if self.mixup_alpha else 1
+
+    def share(self, world_size: int) -> int:
+        """Examples of the rank that has most; the others have a unit less at most. Raises BatchError where some have none."""
+        units, rest = divmod(self.global_batch, self.unit)
+        if rest:
+            raise BatchError(f"global_batch={self.global_batch} is odd; mixup pairs neighbours, so choose an even one.")
+        if units < world_size:
             raise BatchError(
-                f"global_batch={self.global_batch} does not divide over {world_size} ranks. Numbers of ranks near it that fit: "
-                f"{', '.join(map(str, near))}; a job that may grow and shrink needs a global_batch that all its sizes divide."
+                f"global_batch={self.global_batch} does not give each of {world_size} ranks {self.unit} examples; at most "
+                f"{units} ranks can share it. Choose fewer ranks or a larger global_batch."
             )
-        micro = min(self.micro_batch or share, share)
-        if share % micro:
-            raise BatchError(f"micro_batch={micro} does not divide a rank's share of {share} examples.")
-        if self.mixup_alpha and micro % 2:
-            raise BatchError(f"micro_batch={micro} is odd; mixup pairs neighbours, so choose an even one.")
-        return share // micro
+        return -(-units // world_size) * self.unit
+
+    def num_micro(self, world_size: int) -> int:
+        """Forward/backward passes per optimizer step, the same on every rank. Raises BatchError where it cannot be split.
+
+        A micro_batch that does not divide the shares is lowered, or where a rank has too few examples raised, with a warning.
+        """
+        share, unit = self.share(world_size) // self.unit, self.unit
+        wanted = min(self.micro_batch or share * unit, share * unit)
+        if wanted < unit:
+            raise BatchError(f"micro_batch={wanted} is odd; mixup pairs neighbours, so choose an even one.")
+        fewest = self.global_batch // unit // world_size
+        passes = min(-(-share // (wanted // unit)), fewest)
+        if (taken := -(-share // passes) * unit) != wanted and self.micro_batch:
+            _warn_once(
+                f"micro_batch={self.micro_batch} does not divide a rank's share of {share * unit} examples: "
+                f"micro-batches of at most {taken} are taken, {passes} a step."
+            )
+        return passes
+
+    def largest_micro(self, world_size: int) -> int:
+        """Examples of the largest micro-batch."""
+        share = self.share(world_size) // self.unit
+        return -(-share // self.num_micro(world_size)) * self.unit
 
     def lam(self, step: int) -> float:
         """λ of an optimizer step, drawn from Beta(α, α) by (seed, step) alone; 1 without mixup. Paper: section 3.3."""
         if self.mixup_alpha == 0:
             return 1.0
         return float(np.random.default_rng((self.seed, step, 0xA1FA)).beta(self.mixup_alpha, self.mixup_alpha))
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def of(

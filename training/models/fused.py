@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from training.models.resnet import EPS, GroupNormReLU, StdConv2d, group_norm_rel
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-std=c++17", "-fPIC", "-shared")
+SHAPES = 512  # of one function's tensors, over all layers, batch sizes and precisions
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -140,8 +142,16 @@ def kernels(device: torch.device) -> tuple[Callable[..., Tensor], Callable[[Tens
     if device.type == "cpu" and library() is not None:
         return on_cpu, standardize_on_cpu
     if device.type == "cuda":
+        _compile_every_shape()
         return torch.compile(group_norm_relu, dynamic=False), torch.compile(standardize, dynamic=False)
     return group_norm_relu, standardize
+
+
+def _compile_every_shape() -> None:
+    """Dynamo gives up on a function after 8 shapes and runs it eagerly: a network has dozens, in training and evaluation."""
+    limits = import_module("torch._dynamo").config
+    limits.recompile_limit = max(SHAPES, limits.recompile_limit)
+    limits.accumulated_recompile_limit = max(4 * SHAPES, limits.accumulated_recompile_limit)
 
 
 def fuse(model: torch.nn.Module, device: torch.device) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.training.engine.small_training import recipe
+from training.data.batches import cut
 from training.data.dataset import Dataset
 from training.engine.loss import neighbours
 
@@ -85,7 +86,7 @@ def test_sigterm_checkpoints_and_exits_143(straight: dict, tmp_path: Path, datas
 
 @pytest.mark.parametrize(
     ("ranks", "micro_batch", "sharding"),
-    [(1, "4", "none"), (2, "", "none"), (4, "2", "none"), (2, "4", "full"), (4, "", "full")],
+    [(1, "4", "none"), (2, "", "none"), (3, "2", "none"), (4, "2", "none"), (2, "4", "full"), (3, "", "full")],
 )
 def test_ranks_and_micro_batches_change_no_weight(
     straight: dict, tmp_path: Path, dataset: Dataset, ranks: int, micro_batch: str, sharding: str
@@ -109,8 +110,27 @@ def test_lam_follows_from_seed_and_step() -> None:
 
 @pytest.mark.parametrize(
     ("world_size", "micro_batch", "said"),
-    [(3, None, "3 ranks.* that fit: 1, 2, 4, 8, 16; "), (1, 5, "micro_batch=5"), (16, None, "odd")],
+    [(9, None, "each of 9 ranks 2 examples; at most 8 ranks"), (1, 1, "micro_batch=1 is odd")],
 )
 def test_a_batch_that_cannot_be_split_is_refused(world_size: int, micro_batch: int | None, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         recipe(1, micro_batch).num_micro(world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "passes", "largest"),
+    [(1, 4, 4, 4), (3, None, 1, 6), (3, 6, 1, 6), (1, 5, 4, 4), (1, 100, 1, 16), (3, 2, 2, 4), (8, 2, 1, 2)],
+)
+def test_only_the_micro_batch_adapts_to_the_number_of_ranks(
+    world_size: int, micro_batch: int | None, passes: int, largest: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = recipe(1, micro_batch)
+    assert (wanted.num_micro(world_size), wanted.largest_micro(world_size)) == (passes, largest)
+    sizes = []
+    for rank in range(world_size):
+        start, stop = cut(16, rank, world_size, wanted.unit)
+        parts = [cut(stop - start, micro, passes, wanted.unit) for micro in range(passes)]
+        sizes += [last - first for first, last in parts]
+    assert (min(sizes) > 0, max(sizes), sum(sizes)) == (True, largest, 16)
+    warned = f"micro_batch={micro_batch} does not divide" in caplog.text
+    assert warned == (micro_batch in (2, 5) and largest != micro_batch)

@@ -9,6 +9,7 @@ from tests.training.engine.small_training import recipe
 from training.config import PretrainConfig
 from training.engine import inference, memory
 from training.engine.distributed import World
+from training.engine.recipe import BatchError
 from training.models import zoo
 
 CPU = World(rank=0, size=1, device=torch.device("cpu"))
@@ -29,7 +30,7 @@ def test_auto_takes_the_largest_even_divisor_that_fits(room: int, expected: int)
 
 
 def test_an_odd_share_cannot_be_mixed_up() -> None:
-    with pytest.raises(memory.BatchError, match="even global_batch"):
+    with pytest.raises(BatchError, match="global_batch=15 is odd"):
         memory.find(zoo.create("R14x0.5", 4), replace(recipe(1), global_batch=15), 32, CPU)
 
 

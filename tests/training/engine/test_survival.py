@@ -59,7 +59,7 @@ def stopped(folder: Path, dataset: Dataset, ranks: int, trouble: str, sharding: 
     return done.stderr
 
 
-@pytest.mark.parametrize(("sharding", "ranks"), [("none", 1), ("full", 2)])
+@pytest.mark.parametrize(("sharding", "ranks"), [("none", 1), ("none", 3), ("full", 2)])
 def test_a_checkpoint_of_four_ranks_continues_on_fewer(
     tmp_path: Path, dataset: Dataset, sharding: str, ranks: int
 ) -> None:

@@ -1,6 +1,7 @@
 """The fused GroupNorm-ReLU against torch's own, values and gradients."""
 
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -105,3 +106,19 @@ def test_a_fused_network_gives_the_eager_gradients_with_and_without_activation_c
     for a, b, c in zip(eager, direct, again, strict=True):
         assert torch.equal(b, c)
         assert (a - b).norm() <= 1e-3 * a.norm() + 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, on importing Dynamo
+def test_every_shape_of_a_network_is_compiled() -> None:
+    """Dynamo's own limit is 8, after which it runs a function eagerly without a word; the compiler here only counts."""
+    shapes = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        shapes.append(inputs[0].shape)
+        return graph.forward
+
+    fused.kernels(torch.device("cuda"))
+    compiled = torch.compile(group_norm_relu, backend=count, dynamic=False)
+    for width in range(1, 13):
+        compiled(torch.randn(2, 8 * width, 3, 3), torch.ones(8 * width), torch.zeros(8 * width), 4, 1e-5)
+    assert len(shapes) == 12
