@@ -109,7 +109,7 @@ class Pages:
 
     async def config(self, request: Request) -> Response:
         served, name = await self._served(request)
-        return JSONResponse(protocol.config(served, name, self.settings.max_batch))
+        return JSONResponse(protocol.config(served, name, self.settings.max_pictures))
 
     async def statistics(self, request: Request) -> Response:
         await asyncio.to_thread(self.tally.count)

@@ -150,7 +150,7 @@ def metadata(served: Served, name: str, aliases: list[str], versions: list[str])
     }
 
 
-def config(served: Served, name: str, max_batch: int) -> dict[str, Any]:
+def config(served: Served, name: str, max_pictures: int) -> dict[str, Any]:
     """GET v2/models/{name}/config: Triton's ModelConfig, as far as it applies."""
     side, classes = served.session.card.resolution, len(served.session.card.classes)
     return {
@@ -158,7 +158,7 @@ def config(served: Served, name: str, max_batch: int) -> dict[str, Any]:
         "platform": PLATFORM,
         "backend": "onnxruntime",
         "version_policy": {"specific": {"versions": [int(served.version)] if served.version.isdigit() else []}},
-        "max_batch_size": max_batch,
+        "max_batch_size": max_pictures,
         "input": [{"name": "pixels", "data_type": "TYPE_UINT8", "format": "FORMAT_NHWC", "dims": [side, side, 3]}],
         "output": [{"name": "probabilities", "data_type": "TYPE_FP32", "dims": [classes]}],
         "instance_group": [{"name": name, "kind": "KIND_CPU"}],

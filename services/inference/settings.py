@@ -35,8 +35,8 @@ class Settings(BaseSettings):
     )
 
     workers: int = Field(os.cpu_count() or 1, ge=1, description="threads that decode and infer, one core each")
-    max_batch: int = Field(8, ge=1, description="pictures that a thread takes at once")
-    max_batch_ms: float = Field(5, gt=0, description="work that a thread takes at once; more makes other tenants wait")
+    max_batch: int = Field(2, ge=1, description="pictures that a thread takes at once")
+    max_batch_ms: float = Field(20, gt=0, description="work that a thread takes at once; more makes other tenants wait")
     max_queue_ms: float = Field(2_000, gt=0, description="work that may wait; above it requests get 503")
     timeout_ms: float = Field(30_000, gt=0, description="deadline of a request that names none")
 
