@@ -3,8 +3,8 @@
 A worker takes the next requests of the tenant that received least work lately (fair share by decayed usage, as in Kay and Lauder,
 1988), decodes, runs and answers them: a tenant within its share goes ahead of one beyond it, so that the excess waits, not the
 others. Work is measured in seconds of this machine, learnt per version: a large network or large pictures pay what they cost.
-On a CPU nothing is gained by waiting for a fuller batch, little by more than two (4 % a picture; more leave the caches), and a long
-one makes everybody else wait: it ends at `max_batch_ms`.
+On a CPU nothing is gained by waiting for a fuller batch, little by more than two pictures (more leave the caches), and a long one
+makes everybody else wait: it ends at `max_batch_ms`.
 """
 
 import asyncio
