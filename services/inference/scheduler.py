@@ -117,7 +117,8 @@ class Scheduler:
             raise Unavailable("the service is shutting down; ask another instance")
         lane = self._lanes.get(served.tenant)
         waiting_s = lane.waiting_s / self.workers if lane else 0.0
-        share_s = self.max_queue_s / max(1, len(self._lanes) + (lane is None))  # a worker may have emptied the lane by now
+        tenants = max(1, len(self._lanes) + (lane is None))  # a worker may have emptied the lane by now
+        share_s = self.max_queue_s / tenants
         if waiting_s + self.cost_s(served, pictures) / self.workers <= share_s:
             return
         if waiting_s > 0:  # a request alone may be larger than its share: else it would never be answered

@@ -70,7 +70,10 @@ def test_health_and_metadata(call: Call) -> None:
     assert call("get_model_metadata", "lamps", challenger)["versions"] == [challenger, champion]
     assert call("get_model_metadata", "lamps@challenger")["versions"] == [challenger]
     config = call("get_model_config", "lamps")
-    assert (config["max_batch_size"], config["input"][0]["dims"]) == (64, [SIDE, SIDE, 3])  # a request's, not a thread's
+    assert (config["max_batch_size"], config["input"][0]["dims"]) == (
+        64,
+        [SIDE, SIDE, 3],
+    )  # a request's, not a thread's
 
 
 @pytest.mark.parametrize("binary_in", [True, False])

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import s3fs
-from moto.server import ThreadedMotoServer
 
+from tests import s3
 from tests.conftest import encode
 from tests.services.exports import CLASSES, export
 from training import predict
@@ -176,19 +175,8 @@ def test_parts_that_a_kill_left_without_their_plan_are_not_taken(folder: Path, t
 
 @pytest.fixture
 def bucket() -> Iterator[str]:
-    """A server that speaks S3, found by the environment."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("answers")
-        yield "s3://answers"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+    with s3.serving("answers") as url:
+        yield url
 
 
 @pytest.mark.parametrize("store", ["disk", "s3"])

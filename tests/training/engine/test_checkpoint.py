@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import s3fs
 import torch
 import torch.distributed as dist
-from moto.server import ThreadedMotoServer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from tests import s3
 from training.engine.checkpoint import CheckpointError, Checkpoints
 from training.engine.distributed import World
 from training.engine.store import Store
@@ -44,27 +43,17 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[None]:
-    """A server that speaks S3, found as a user's own would be: by the environment."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("checkpoints")
-        yield
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+def bucket() -> Iterator[str]:
+    with s3.serving("checkpoints") as url:
+        yield url
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     if request.param == "s3":
-        request.getfixturevalue("s3")
-    url = {"local": str(tmp_path), "memory": f"memory:/{tmp_path}", "s3": f"s3://checkpoints{tmp_path}"}[request.param]
+        url = f"{request.getfixturevalue('bucket')}{tmp_path}"
+    else:
+        url = {"local": str(tmp_path), "memory": f"memory:/{tmp_path}"}[request.param]
     made = Store(url)
     yield made
     made.remove()

@@ -13,13 +13,13 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
+import s3fs
 import torch
-from moto.server import ThreadedMotoServer
 from torch import nn
 
+from tests import s3
 from tests.training.models.test_npz import network
 from training.models import archs, exchange, layouts, npz, zoo
 from training.models.npz import WeightsError
@@ -154,24 +154,14 @@ def test_https_is_fetched_where_its_certificate_is_trusted(tls: tuple[str, Path]
     assert not (tmp_path / "out.npz").exists()
 
 
-def test_s3_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_is_fetched(tmp_path: Path) -> None:
     npz.save(network(), tmp_path / "w.npz")
-    s3 = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    s3.start()
-    try:
-        host, port = s3.get_host_and_port()
-        for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("DEFAULT_REGION", "us-east-1")):
-            monkeypatch.setenv(f"AWS_{name}", value)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        bucket = boto3.client("s3")
-        bucket.create_bucket(Bucket="weights")
-        bucket.upload_file(str(tmp_path / "w.npz"), "weights", "bit/w.npz")
-        digest = exchange.fetch("s3://weights/bit/w.npz", tmp_path / "fetched.npz")
+    with s3.serving("weights") as bucket:
+        s3fs.S3FileSystem().put_file(str(tmp_path / "w.npz"), f"{bucket}/bit/w.npz")
+        digest = exchange.fetch(f"{bucket}/bit/w.npz", tmp_path / "fetched.npz")
         assert digest == hashlib.sha256((tmp_path / "w.npz").read_bytes()).hexdigest()
         with pytest.raises(WeightsError, match=r"s3://weights/bit/none.npz' cannot be fetched"):
-            exchange.fetch("s3://weights/bit/none.npz", tmp_path / "none.npz")
-    finally:
-        s3.stop()
+            exchange.fetch(f"{bucket}/bit/none.npz", tmp_path / "none.npz")
 
 
 def test_a_store_whose_package_is_missing_says_which(tmp_path: Path) -> None:
