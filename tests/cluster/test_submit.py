@@ -138,13 +138,13 @@ def test_why_a_job_waits_and_fails_is_told_in_plain_words(
     bit(root, submitter, "cancel", job)
     assert f"{job} was removed: somebody cancelled it" in other.end(2)
 
-    wrong = ("--set", f"pretrain.seed={other_seed}", "--set", "pretrain.crop=64")
-    bit(root, submitter, "submit", "pretrain", "--detach", *wrong)
+    wrong = (f"pretrain.seed={other_seed}", "pretrain.mixup_alpha=0.1", "pretrain.global_batch=7")
+    bit(root, submitter, "submit", "pretrain", "--detach", *(f"--set={value}" for value in wrong))
     failed = bit(root, submitter, "attach", only_job(prepared, other_seed), status=1)  # the exit code of its container
-    assert "crop=64 is larger than resize=40" in failed
+    assert "global_batch=7 is odd; mixup pairs neighbours" in failed
     assert "started again 1 time; last words: " in failed
     assert "Mend it, then: bit submit pretrain --retry" in failed
-    assert "crop=64 is larger than resize=40" in bit(
+    assert "global_batch=7 is odd; mixup pairs neighbours" in bit(
         root, prepared, "attach", only_job(prepared, other_seed), status=1
     )  # no pods now
 
