@@ -16,7 +16,7 @@ from rich.table import Table
 
 from training import receipt
 from training.cluster import explain, pod, results
-from training.cluster.following import FLEET, Followed, follow_all, say
+from training.cluster.following import FLEET, LOOK_S, Followed, follow_all, say
 from training.cluster.jobs import EVERYWHERE, PATIENCE_S, ClusterError, Jobs, Object
 from training.cluster.manifests import Order, render
 from training.cluster.orders import ended_before, order
@@ -124,7 +124,7 @@ def _examples_at_once(config: Config, stage: str) -> int | None:
     return given.micro_batch or max(1, whole // (nodes.workers * nodes.devices))
 
 
-def fleet(configs: dict[str, Config], *, follow: bool = True, retry: bool = False) -> None:
+def fleet(configs: dict[str, Config], *, follow: bool = True, retry: bool = False, look_s: float = LOOK_S) -> None:
     """Submits the fine-tuning of every tenant at once; with `follow` all of them by one watch: one table, then a summary.
 
     A tenant that cannot be submitted leaves the others theirs. Raises JobError with the reason of each that failed.
@@ -138,7 +138,7 @@ def fleet(configs: dict[str, Config], *, follow: bool = True, retry: bool = Fals
         names, ended = _submit_all(configs, jobs, every, retry, failures)
         submitted = jobs.calls
         if follow and len(ended) < len(names):
-            ends = follow_all(set(names.values()), every, ended)
+            ends = follow_all(set(names.values()), every, ended, look_s)
     except KeyboardInterrupt:
         say("\ndetached; the jobs go on. Come back with: bit submit finetune --all")
         raise SystemExit(DETACHED) from None

@@ -134,7 +134,7 @@ def start(
     except (KeyboardInterrupt, SystemExit):
         _end(client, run_id, "KILLED")
         raise
-    except BaseException:
+    except BaseException:  # whatever ended it, MLflow is not to show it as running for ever
         _end(client, run_id, "FAILED")
         raise
     finally:

@@ -263,7 +263,7 @@ class Follower:
             result = self._ensure(item)
         except (Refused, RegistryDown) as error:  # given to those who wait
             result = error
-        except Exception:
+        except Exception:  # what nobody foresaw must not end the thread that loads for all
             log.exception("%s version %s cannot be loaded", item.tenant, item.version)
             result = Refused(UNFORESEEN)
         with self._lock:

@@ -12,10 +12,10 @@ import yaml
 from tests.cluster.projects import Command, edit, fresh, project, receipt
 from tests.clusters import Cluster, wait_for
 from training import cli
-from training.cluster import following
 from training.cluster.jobs import ClusterError, Jobs
 from training.errors import UserError
 from training.params import load
+from training.submit import fleet
 
 TENANTS = [f"tenant-{number:03d}" for number in range(200)]
 QUOTA = 80
@@ -141,14 +141,15 @@ def test_all_tenants_are_tried_submitted_and_left_and_what_has_ended_is_not_run_
 def test_why_tenants_wait_and_fail_is_told_for_all_of_them(
     prepared: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(with_tenants(tmp_path, ["why-a", "why-b", "why-c"]))
+    tenants = ["why-a", "why-b", "why-c"]
+    monkeypatch.chdir(with_tenants(tmp_path, tenants))
     monkeypatch.setenv("KUBECONFIG", str(prepared.kubeconfig))
-    monkeypatch.setattr(following, "LOOK_S", 1)
     said, failures = "", []
 
     def follow() -> None:
         try:
-            cli.build()(["submit", "finetune", "--all", "--set", "cluster.finetune.cpu='900'"], standalone_mode=False)
+            big = ["cluster.finetune.cpu='900'"]
+            fleet({tenant: load(tenant=tenant, overrides=big) for tenant in tenants}, look_s=1)
         except ClusterError as error:
             failures.append(str(error))
 

@@ -87,8 +87,10 @@ class Followed:
                 say(f"{self.name}: its log cannot be read: {error}")
 
 
-def follow_all(names: set[str], every: Jobs, ended: dict[str, Object]) -> dict[str, list[Object]]:
-    """Watches until all have ended, and says how many are where, and why those wait that do.
+def follow_all(
+    names: set[str], every: Jobs, ended: dict[str, Object], look_s: float = LOOK_S
+) -> dict[str, list[Object]]:
+    """Watches until all have ended, and says how many are where and, every `look_s` seconds, why those wait that do.
 
     Returns how containers ended that ended in vain, by job: a job that failed has no pods left to tell it.
     """
@@ -96,7 +98,7 @@ def follow_all(names: set[str], every: Jobs, ended: dict[str, Object]) -> dict[s
     ends: dict[str, list[Object]] = {}
     looked: list[str] = []
     counted = ""
-    for news in every.watch(FLEET, names - set(ended), pause_s=LOOK_S):
+    for news in every.watch(FLEET, names - set(ended), pause_s=look_s):
         if news and (name := news["metadata"]["name"]) in names and name not in ended:
             jobs[name] = news
             if explain.condition(news) in explain.OVER:
