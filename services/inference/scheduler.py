@@ -22,7 +22,8 @@ from services.inference.engine import Session
 from services.inference.errors import BadRequest, DeadlineExceeded, ServiceError, TooLarge, Unavailable
 from services.inference.metrics import Metrics
 from services.inference.models import Served
-from services.inference.priority import give_way
+from services.inference.priority import Idle, give_way
+from services.preprocess import Pixels
 
 NICENESS = 5  # a worker gives way to the event loop, which has little to do but must do it at once
 HALF_LIFE_S = 2.0  # shorter averages are so noisy that a tenant within its share at times waits behind one beyond it
@@ -95,7 +96,8 @@ class Scheduler:
             lambda: self.queue_s
         )  # asked at each scrape: set at arrivals, it would never fall to 0
         metrics.workers.set(workers)
-        self._ready = threading.Condition()
+        self._lock = threading.Lock()
+        self._idle = Idle(self._lock)
         self._closed = False
         self._loop = asyncio.get_running_loop()
         self._threads = [threading.Thread(target=self._work, name=f"worker-{n}", daemon=True) for n in range(workers)]
@@ -128,7 +130,7 @@ class Scheduler:
 
     def charge(self, tenant: str, cost_s: float) -> None:
         """Counts work that was done for a tenant outside the workers; cost_s is divided by its weight already."""
-        with self._ready:
+        with self._lock:
             self.usage.add(tenant, cost_s, time.monotonic())
 
     def cost_s(self, served: Served, pictures: int) -> float:
@@ -140,20 +142,20 @@ class Scheduler:
         tenant = work.served.tenant
         self.check(work.served, len(work))
         work.cost_s = self.cost_s(work.served, len(work))
-        with self._ready:
+        with self._lock:
             lane = self._lanes.get(tenant)
             if lane is None:
                 lane = self._lanes[tenant] = Lane()
             lane.queue.append(work)
             lane.waiting_s += work.cost_s
-            self._ready.notify()
+            self._idle.wake()
         return await work.answer
 
     def close(self) -> None:
         """Ends the workers once the queues are empty."""
-        with self._ready:
+        with self._lock:
             self._closed = True
-            self._ready.notify_all()
+            self._idle.wake_all()
         for thread in self._threads:
             thread.join()
 
@@ -162,14 +164,13 @@ class Scheduler:
         while batch := self._take():
             began = time.monotonic()
             alive = [work for work in batch if self._in_time(work, began)]
-            ready = [work for work in alive if self._decode(work)]
-            if ready:
-                self._infer(ready)
+            if alive:
+                self._compute(alive)
             busy_s, first = time.monotonic() - began, batch[0]
             self.metrics.busy.inc(busy_s)
             reckoned_s = sum(work.cost_s for work in batch)  # by a guess, which pictures of other sizes make wrong
             self.charge(first.served.tenant, (busy_s - reckoned_s) / first.weight)
-            del batch, alive, ready, first  # or an idle worker would keep a replaced version in memory
+            del batch, alive, first  # or an idle worker would keep a replaced version in memory
 
     def _learn(self, answered: list[Work]) -> None:
         """What a picture of this version costs, by those that were answered: what cannot be decoded costs next to nothing."""
@@ -185,11 +186,11 @@ class Scheduler:
 
         A worker leaves the others their share: with little waiting, every core gets some of it. Empty when the service ends.
         """
-        with self._ready:
+        with self._lock:
             while not self._lanes:
                 if self._closed:
                     return []
-                self._ready.wait()
+                self._idle.wait()
             now = time.monotonic()
             tenant = min(self._lanes, key=lambda name: self.usage.of(name, now))
             lane = self._lanes[tenant]
@@ -217,36 +218,51 @@ class Scheduler:
             return False
         return not work.answer.cancelled()
 
-    def _decode(self, work: Work) -> bool:
-        if isinstance(work.data, np.ndarray):
-            return True
-        began, size = time.monotonic(), work.served.session.card.resolution
-        decoded: list[preprocess.Pixels] = []
+    def _compute(self, batch: list[Work]) -> None:
         try:
-            for data in work.data:
-                if decoded and time.monotonic() > began + self.max_decode_s:  # one alone is bounded by its pixels
-                    raise TooLarge(f"{len(decoded)} of {len(work)} pictures took the time of all to decode; send fewer")
-                decoded.append(preprocess.pixels(data, size, self.max_pixels))
-            work.data = decoded[0][None] if len(decoded) == 1 else np.stack(decoded)  # a copy less for nearly all
+            ready, pixels = self._decode(batch)
+            if ready:
+                self._infer(ready, pixels)
+        except Exception as error:  # what fails must fail its requests, not its worker
+            for work in batch:
+                self._fail(work, error)
+
+    def _decode(self, batch: list[Work]) -> tuple[list[Work], Pixels]:
+        """Those whose pictures could be decoded, and the pixels of all of them in one array."""
+        if len(batch) == 1 and isinstance(batch[0].data, np.ndarray):
+            return batch, batch[0].data
+        size = batch[0].served.session.card.resolution
+        pixels = np.empty((sum(map(len, batch)), size, size, 3), np.uint8)
+        ready, count = [], 0
+        for work in batch:
+            if self._decode_into(pixels[count : count + len(work)], work):
+                ready.append(work)
+                count += len(work)
+        return ready, pixels[:count]
+
+    def _decode_into(self, pixels: Pixels, work: Work) -> bool:
+        if isinstance(work.data, np.ndarray):
+            pixels[:] = work.data
+            return True
+        began, number = time.monotonic(), 0
+        try:
+            for number, data in enumerate(work.data):
+                if number and time.monotonic() > began + self.max_decode_s:  # one alone is bounded by its pixels
+                    raise TooLarge(f"{number} of {len(work)} pictures took the time of all to decode; send fewer")
+                preprocess.pixels(data, pixels.shape[1], self.max_pixels, pixels[number])
         except preprocess.PictureError as error:
-            which = f"picture {len(decoded)}: " if len(work) > 1 else ""
+            which = f"picture {number}: " if len(work) > 1 else ""
             self._fail(work, BadRequest(which + str(error)))
             return False
-        except Exception as error:  # TooLarge, or what nobody foresaw (memory, say): never the end of the worker
+        except Exception as error:  # TooLarge, or what nobody foresaw (memory, say): not the others' fault
             self._fail(work, error)
             return False
         work.timings["decode"] = time.monotonic() - began
         return True
 
-    def _infer(self, batch: list[Work]) -> None:
+    def _infer(self, batch: list[Work], pixels: Pixels) -> None:
         began, first = time.monotonic(), batch[0]
-        try:
-            pixels = np.concatenate([work.data for work in batch]) if len(batch) > 1 else first.data
-            results = first.served.session.run(pixels, first.outputs)  # type: ignore[arg-type]
-        except Exception as error:  # a batch that fails must fail its requests, not its worker
-            for work in batch:
-                self._fail(work, error)
-            return
+        results = first.served.session.run(pixels, first.outputs)
         took, start = time.monotonic() - began, 0
         answered = []
         for work in batch:

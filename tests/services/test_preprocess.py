@@ -15,7 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from services.preprocess import MAX_PIXELS, STRIP_BYTES, PictureError, decode, dimensions, pixels, sniff, upright_size
+from services.preprocess import (
+    MAX_PIXELS,
+    SCRATCH,
+    STRIP_BYTES,
+    PictureError,
+    decode,
+    dimensions,
+    pixels,
+    sniff,
+    upright_size,
+)
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -222,3 +232,37 @@ def test_colours_are_computed_in_little_more_memory_than_the_picture(
         tracemalloc.stop()
     np.testing.assert_array_equal(made, expected)
     assert peak < unpacked + made.nbytes + 6 * STRIP_BYTES
+
+
+def test_memory_that_is_used_again_shows_nothing_of_the_picture_before() -> None:
+    """Of a JPEG that is cut off or damaged, too, every pixel is its own: the picture before may be another tenant's."""
+    whole, rng = saved(gradient(300, 200), "jpeg", quality=90), np.random.default_rng(0)
+    progressive = saved(gradient(300, 200), "jpeg", quality=90, progressive=True)
+    for data in (whole, progressive):
+        cuts = [data[: int(n)] for n in rng.integers(200, len(data), 60)]
+        for at in rng.integers(200, len(data), 60):
+            cuts.append(data[:at] + bytes(rng.integers(0, 256, 8, dtype=np.uint8)) + data[at + 8 :])
+        for damaged in cuts:
+            seen = []
+            for before in (0, 255):
+                SCRATCH.memory[:] = before
+                with contextlib.suppress(PictureError):
+                    seen.append(pixels(damaged, 64))
+            assert len(seen) in (0, 2)
+            assert all(np.array_equal(one, seen[0]) for one in seen)
+
+
+def test_a_picture_is_its_own_also_when_nothing_is_resized() -> None:
+    first, second = (saved(Image.new("RGB", (64, 64), colour), "jpeg") for colour in ("white", "black"))
+    made = pixels(first, 64)
+    pixels(second, 64)
+    assert made.min() > 250
+
+
+def test_pictures_are_written_where_they_are_wanted() -> None:
+    batch = np.zeros((3, 128, 128, 3), np.uint8)
+    for size, row in ((500, batch[0]), (128, batch[1])):
+        data = saved(gradient(size, size), "jpeg")
+        assert np.shares_memory(pixels(data, 128, into=row), batch)
+        assert np.array_equal(row, pixels(data, 128))
+    assert not batch[2].any()

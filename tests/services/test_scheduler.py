@@ -1,6 +1,7 @@
 """The queues in front of the workers: what is charged is what it took, and how long the queue may become."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,8 +20,8 @@ LARGE = gray_png(250, 2000)
 
 
 @asynccontextmanager
-async def scheduler(max_queue_ms: float = 2000) -> AsyncIterator[Scheduler]:
-    made = Scheduler(1, 8, 5, max_queue_ms, 50_000_000, 2000, Metrics())
+async def scheduler(max_queue_ms: float = 2000, workers: int = 1) -> AsyncIterator[Scheduler]:
+    made = Scheduler(workers, 8, 5, max_queue_ms, 50_000_000, 2000, Metrics())
     try:
         yield made
     finally:
@@ -82,3 +83,63 @@ def test_many_tenants_together_cannot_make_the_queue_long() -> None:
             assert len(rows) == 64
 
     asyncio.run(run())
+
+
+def test_a_broken_picture_between_others_leaves_them_their_own_answers() -> None:
+    """Requests of one batch share an array; what cannot be decoded must not shift its neighbours' answers."""
+
+    async def run() -> None:
+        session = Session(export(mflop=1))
+        pictures = [gray_png(level) for level in (0, 80, 160, 240)]
+        async with scheduler() as one:
+            version = served("tenant", session)
+            alone = [(await ask(one, version, picture))[0][0] for picture in pictures]
+            busy = asyncio.create_task(ask(one, version, LARGE))  # the others wait behind it, and go together
+            await asyncio.sleep(0.005)
+            asked = [pictures[0], b"garbage", *pictures[1:], b"\xff\xd8\xff garbage"]
+            got = await asyncio.gather(*(ask(one, version, data) for data in asked), return_exceptions=True)
+            await busy
+        assert [isinstance(answer, BadRequest) for answer in got] == [False, True, False, False, False, True]
+        together = [answer[0][0] for answer in got if not isinstance(answer, BaseException)]
+        np.testing.assert_allclose(together, alone, atol=1e-6)
+        assert np.ptp(alone, axis=0).max() > 1e-3, "pictures that are answered alike would prove nothing"
+
+    asyncio.run(run())
+
+
+def test_with_little_to_do_the_same_worker_does_it() -> None:
+    """Its core still holds network and pictures; half a millisecond of one connection's latency was the other's cold core."""
+    names = []
+
+    class Watched(Session):
+        def run(self, pixels: np.ndarray, outputs: tuple[str, ...] = ("probabilities",)) -> list[np.ndarray]:
+            names.append(threading.current_thread().name)
+            return super().run(pixels, outputs)
+
+    async def run() -> None:
+        async with scheduler(workers=3) as three:
+            version = served("tenant", Watched(export()))
+            for _ in range(10):
+                await ask(three, version, gray_png(1))
+                await asyncio.sleep(0.02)  # the worker is idle again
+
+    asyncio.run(run())
+    assert len(set(names)) == 1
+
+
+def test_many_requests_wake_every_worker() -> None:
+    names = set()
+
+    class Slow(Session):
+        def run(self, pixels: np.ndarray, outputs: tuple[str, ...] = ("probabilities",)) -> list[np.ndarray]:
+            names.add(threading.current_thread().name)
+            time.sleep(0.05)
+            return super().run(pixels, outputs)
+
+    async def run() -> None:
+        async with scheduler(workers=3) as three:
+            version = served("tenant", Slow(export()))
+            await asyncio.gather(*(ask(three, version, gray_png(1)) for _ in range(9)))
+
+    asyncio.run(run())
+    assert len(names) == 3

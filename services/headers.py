@@ -1,0 +1,142 @@
+"""What the header of an encoded picture tells, before anything is unpacked: kind, size, orientation, how many scans."""
+
+import contextlib
+import struct
+from collections.abc import Iterator
+
+import simplejpeg
+
+MAX_MARKERS = 10_000  # before a JPEG's first scan; a camera writes dozens, an attacker one in every two bytes
+FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # markers SOFn of a JPEG; C0 and C1 are sequential
+SCAN = 0xDA  # marker SOS
+SIGNATURES = {
+    b"\xff\xd8\xff": "jpeg",
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"II*\x00": "tiff",
+    b"MM\x00*": "tiff",
+}
+
+
+def sniff(data: bytes) -> str | None:
+    """The kind of picture that the first bytes announce, None where they announce none."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((kind for signature, kind in SIGNATURES.items() if data.startswith(signature)), None)
+
+
+def dimensions(data: bytes) -> tuple[int, int] | None:
+    """(width, height) as the header says, before EXIF turns it; None where the header cannot be read."""
+    kind = sniff(data)
+    try:
+        if kind == "jpeg":
+            return _jpeg_dimensions(data)
+        if kind == "png":
+            return struct.unpack(">II", data[16:24])
+        if kind == "gif":
+            return struct.unpack("<HH", data[6:10])
+        if kind == "bmp":
+            if data[14:18] == b"\x0c\0\0\0":  # the header of OS/2, whose sides are 16 bits long
+                return struct.unpack("<HH", data[18:22])
+            width, height = struct.unpack("<ii", data[18:26])
+            return abs(width), abs(height)  # negative: upside down
+        if kind == "webp":
+            return _webp_dimensions(data)
+        if kind == "tiff":
+            tags = _ifd(data)
+            return tags[0x0100], tags[0x0101]
+    except (ValueError, KeyError, struct.error):
+        return None
+    return None
+
+
+def _jpeg_dimensions(data: bytes) -> tuple[int, int] | None:
+    """simplejpeg has no name for unusual sampling factors or colours, which OpenCV reads: then from the frame's own marker."""
+    with contextlib.suppress(ValueError, KeyError):
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        return width, height
+    frame = next((at for code, at in _jpeg_markers(data) if code in FRAMES), None)
+    if frame is None:
+        return None
+    height, width = struct.unpack(">HH", data[frame + 5 : frame + 9])
+    return width, height
+
+
+def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
+    """(code, place) of each marker up to the first scan, in order; none beyond MAX_MARKERS.
+
+    ITU T.81, B.1.1 and B.2.2: markers are FF and a code, the segment's length behind most of them; SOFn holds the size.
+    """
+    at = 2
+    for _ in range(MAX_MARKERS):
+        at = data.find(b"\xff", at)
+        if at < 0 or at + 1 >= len(data):
+            return
+        code = data[at + 1]
+        if code in (0x00, 0x01, 0xFF) or 0xD0 <= code <= 0xD8:  # stuffing, or a marker without a segment
+            at += 1 if code == 0xFF else 2
+            continue
+        yield code, at
+        if code == SCAN:
+            return
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+
+
+def has_one_scan(data: bytes) -> bool:
+    """Whether a decoder stops after the first scan: it holds all components of a frame that is not progressive (B.2.3)."""
+    frames, components = [], 0
+    for code, at in _jpeg_markers(data):
+        if code in FRAMES:
+            frames.append(code)
+            components = data[at + 9] if at + 9 < len(data) else 0
+        elif code == SCAN:
+            return frames in ([0xC0], [0xC1]) and data[at + 4 : at + 5] == bytes([components])
+    return False
+
+
+def _webp_dimensions(data: bytes) -> tuple[int, int] | None:
+    """RFC 9649: the lossy, lossless and extended form keep the canvas in three different ways."""
+    form = data[12:16]
+    if form == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if form == b"VP8 ":
+        width, height = struct.unpack("<HH", data[26:30])
+        return width & 0x3FFF, height & 0x3FFF
+    if form == b"VP8L":
+        (bits,) = struct.unpack("<I", data[21:25])
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return None
+
+
+def exif_orientation(data: bytes) -> int:
+    """1 to 8; 1 where no EXIF block says otherwise. Looked for before the first scan, which is most of the file."""
+    scan = next((at for code, at in _jpeg_markers(data) if code == SCAN), len(data))
+    start = data.find(b"Exif\x00\x00", 0, min(scan, 65_536))
+    if start < 0:
+        return 1
+    try:
+        orientation = _ifd(data[start + 6 : start + 65_536]).get(0x0112, 1)
+    except (struct.error, ValueError):
+        return 1
+    return orientation if 1 <= orientation <= 8 else 1
+
+
+def _ifd(tiff: bytes) -> dict[int, int]:
+    """The whole numbers of a TIFF's first directory, tag → value (TIFF 6.0, section 2). Raises ValueError, struct.error."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        raise ValueError("no TIFF")
+    (offset,) = struct.unpack_from(order + "I", tiff, 4)
+    (count,) = struct.unpack_from(order + "H", tiff, offset)
+    found: dict[int, int] = {}
+    seen = (
+        set()
+    )  # of a tag that comes twice the first counts, as for libtiff: the size must be the one that is unpacked
+    for entry in range(min(count, 512)):
+        at = offset + 2 + 12 * entry
+        tag, kind = struct.unpack_from(order + "HH", tiff, at)
+        if kind in (3, 4) and tag not in seen:  # SHORT and LONG; a single one stands in the entry itself
+            (found[tag],) = struct.unpack_from(order + ("H" if kind == 3 else "I"), tiff, at + 8)
+        seen.add(tag)
+    return found
