@@ -3,22 +3,20 @@
 One niced thread does all loading, so that answering comes first and a version is never loaded twice at once.
 """
 
-import ctypes
 import logging
-import os
 import queue
 import random
 import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from services.inference import states
 from services.inference.aliases import CHAMPION, Wanted
 from services.inference.backoff import Backoff
 from services.inference.engine import Session
 from services.inference.errors import NotFound, Refused
+from services.inference.memory import Freed, resident_bytes
 from services.inference.metrics import Metrics
 from services.inference.models import Cold, Models, Served
 from services.inference.notes import Notes
@@ -54,6 +52,7 @@ class Follower:
         self._again: dict[Wanted, Backoff] = {}  # one for each of `refused`
         self._cold: set[Wanted] = set()  # in service, though nobody loaded and checked them yet
         self._notes = Notes(self.registry)
+        self._freed = Freed()
         self._lock = threading.Lock()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
@@ -200,7 +199,7 @@ class Follower:
         del data
         difference = session.check_golden()
         session.warm_up(self.max_batch)
-        trim()  # the file and what its reading left: 13 MB of a network of 8 MB (measured)
+        self._freed.add(size_bytes)  # the file and what its reading left: 13 MB of a network of 8 MB (measured)
         # What grew meanwhile may be anybody's, bodies of requests say: no more is charged than a network like this can take.
         most = 2 * size_bytes + self.max_batch * session.card.resolution**2 * PER_PIXEL
         size_bytes = max(size_bytes, min(resident_bytes() - before, most))
@@ -214,9 +213,9 @@ class Follower:
         for served in gone:
             self.metrics.forget(served.tenant, served.version)
             log.info("%s version %s left memory", served.tenant, served.version)
-        if gone:
-            gone.clear()
-            trim()
+        size_bytes = sum(served.size_bytes for served in gone)
+        gone.clear()
+        self._freed.add(size_bytes)
 
     def _run(self) -> None:
         give_way(NICENESS)
@@ -284,14 +283,3 @@ class Follower:
                     self._tell(item)
         # Its traceback holds this frame, and so the session: a ring that only a collection of garbage would open.
         del result
-
-
-def resident_bytes() -> int:
-    """This process's resident memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def trim() -> None:
-    """Gives freed memory back: without it 25 swaps of a 330 MB model held 586 MB, with it 206 MB (measured)."""
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
