@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine
+from training.engine import backends
 from training.models import fused, zoo
 from training.models.archs import ARCHS
 from training.models.resnet import GroupNormReLU, StdConv2d
@@ -177,6 +178,7 @@ def main() -> None:
     device: torch.device = arguments.device
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    backends.of(device)  # memory as the engine sets it up, for all of them
     clock = CLOCKS[arguments.clock]
     described = machine.describe("torch", *(["timm"] if importlib.util.find_spec("timm") else []))
     described |= {"threads": torch.get_num_threads()}

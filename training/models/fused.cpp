@@ -128,17 +128,20 @@ void backward(const T *dy, const T *x, const float *gamma, const float *beta, co
   }
 }
 
-// The sum of f(i) over a row: fp32 within 256 values, double across them.
+// The sum of f(i) over a row: fp32 in LANES sums side by side (one sum alone waits for itself), which are added up in double.
+constexpr int64_t LANES = 64;
+
 template <typename F>
-double sum_of(int64_t count, F f) {
-  double total = 0;
-  for (int64_t start = 0; start < count; start += 256) {
-    const int64_t end = start + 256 < count ? start + 256 : count;
-    float part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t i = start; i < end; i++) part += f(i);
-    total += part;
+inline double sum_of(int64_t count, F f) {
+  float lanes[LANES] = {};
+  const int64_t whole = count - count % LANES;
+  for (int64_t start = 0; start < whole; start += LANES) {
+#pragma omp simd
+    for (int64_t i = 0; i < LANES; i++) lanes[i] += f(start + i);
   }
+  double total = 0;
+  for (int64_t i = 0; i < LANES; i++) total += lanes[i];
+  for (int64_t i = whole; i < count; i++) total += f(i);
   return total;
 }
 
