@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from services import preprocess
-from training import receipt, tracking
+from training import lineage, receipt, tracking
 from training.config import Config
 from training.data.dataset import Dataset, Split
 from training.errors import UserError
@@ -62,7 +62,7 @@ def main(config: Config, tenant: str) -> None:
                 "arch": arch,
                 "data": data.fingerprint,
                 "dvc_md5": packed.inputs["dvc.md5"],
-                "git_commit": tracking.git_commit(),
+                "git_commit": lineage.git_commit(),
                 "run_id": tuned.run_id,
                 "upstream": weights_of_upstream(tuned),
             },

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from services import preprocess
-from training import receipt, tracking
+from training import lineage, receipt, tracking
 from training.config import Config, ConfigError, PackConfig
 from training.data import remote, shards, sources
 from training.data.dataset import Dataset
@@ -65,7 +65,7 @@ def main(config: Config, tenant: str | None = None, make: Packer | None = None, 
     gets the shards too, to be read from there by content hash.
     """
     source, out = source_of(config, tenant), receipt.folder(STAGE, tenant)
-    digest = tracking.dvc_md5(source)
+    digest = lineage.dvc_md5(source)
     params = {STAGE: config.pack.model_dump()}
     with tracking.start(config.tracking_uri, STAGE, tenant, params, {"dvc.md5": digest}) as run:
         index, failures = (make or pack)(source, out, config.pack)

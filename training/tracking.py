@@ -6,7 +6,6 @@ promote.py and history.py name its types.
 import hashlib
 import logging
 import os
-import subprocess
 import tempfile
 import threading
 import time
@@ -16,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from training import lineage
 from training.config import ConfigError
 from training.errors import UserError
 from training.outbox import Outbox
@@ -113,7 +112,13 @@ def start(
         yield Run(None, "", "")
         return
     client = connect(uri)
-    all_tags = {"stage": stage, "tenant": tenant or "", "git.commit": git_commit(), **cluster_tags(), **tags}
+    all_tags = {
+        "stage": stage,
+        "tenant": tenant or "",
+        "git.commit": lineage.git_commit(),
+        **lineage.cluster_tags(),
+        **tags,
+    }
     known = _continued(client, resume, all_tags) if resume else None
     if known is None:
         found = ensure_experiment(client, uri, experiment or tenant or UPSTREAM_MODEL)
@@ -270,29 +275,6 @@ def note(uri: str, run_id: str, tags: Mapping[str, str]) -> str:
     except MlflowException as error:
         return error.message
     return ""
-
-
-def git_commit() -> str:
-    """The commit that the code is of. Pods have no .git: there BIT_GIT_COMMIT says it."""
-    if commit := os.environ.get("BIT_GIT_COMMIT"):
-        return commit
-    command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def cluster_tags() -> dict[str, str]:
-    """Which job, pod, node, pool and image a run comes from; the pod's manifest sets these (BIT_JOB, …). Empty anywhere else."""
-    names = ("job", "pod", "pod_uid", "node", "pool", "image")
-    return {f"k8s.{name}": os.environ[key] for name in names if (key := f"BIT_{name.upper()}") in os.environ}
-
-
-def dvc_md5(path: Path) -> str:
-    """DVC's hash of a tracked file or folder, read from its .dvc file; "untracked" where there is none."""
-    pointer = path.with_name(f"{path.name}.dvc")
-    if not pointer.is_file():
-        return os.environ.get("BIT_DVC_MD5", "untracked")
-    return str(yaml.safe_load(pointer.read_text())["outs"][0]["md5"])
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

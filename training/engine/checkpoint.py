@@ -62,35 +62,40 @@ class Checkpoints:
     _writer: threading.Thread | None = field(default=None, init=False, repr=False)
 
     def save(
-        self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World, last: bool = False
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        last: bool = False,
+        limit_s: float | None = None,
     ) -> None:
         """Copies the state after `step` optimizer steps and begins to write it. Called by all ranks together.
 
         A store slower than the interval holds training up, for `patience_s`; one that hangs costs checkpoints, but for the
-        `last`, which waits for the one before whatever it takes.
+        `last`, which waits for the one before: for `limit_s`, by default whatever it takes.
         """
         model_state, optimizer_state = get_state_dict(model, optimizer, options=FULL)
         if not world.is_main:
             return
-        if self._writer and not last:
-            self._writer.join(0 if self._left_out else self.patience_s)
+        if self._writer:
+            self._writer.join(limit_s if last else 0 if self._left_out else self.patience_s)
             if self._writer.is_alive():
                 self._left_out += 1
                 log.warning("%s is slow: checkpoint %s is left out", self.url, name_of(step))
                 return
         state = _copy({"model": model_state, "optimizer": optimizer_state})
-        self.wait()
+        self._left_out = 0
         meta = {"step": step, "decides": dict(self.decides), "skipped": self.skipped, "history": self.history}
-        self._writer = threading.Thread(
-            target=self._write, args=(step, state, json.dumps(meta)), name=f"checkpoint-{step}"
+        self._writer = threading.Thread(  # a daemon: a store that hangs must not keep the process from its end
+            target=self._write, args=(step, state, json.dumps(meta)), name=f"checkpoint-{step}", daemon=True
         )
         self._writer.start()
 
-    def wait(self) -> None:
-        """Until the last write has ended."""
+    def wait(self, limit_s: float | None = None) -> None:
+        """Until the last write has ended, or for so long."""
         if self._writer:
-            self._writer.join()
-        self._writer, self._left_out = None, 0
+            self._writer.join(limit_s)
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
         """Loads the newest complete, undamaged checkpoint; returns the number of steps done, 0 where there is none yet.

@@ -14,6 +14,7 @@ from training.engine.distributed import World
 from training.engine.loop import Log, train
 from training.engine.profile import Profile
 from training.engine.recipe import Recipe
+from training.engine.signals import grace_s
 from training.models.resnet import ResNet
 
 History = dict[str, list[tuple[int, float]]]  # figure → (optimizer steps done, value)
@@ -94,18 +95,22 @@ def fit(
         history=history,
         resumed=resumed if attempt else lambda: None,
     )
-    train(
-        model,
-        recipe,
-        stream,
-        world,
-        checkpoints=checkpoints,
-        log=log,
-        evaluate=evaluate,
-        title=name,
-        attempt=attempt,
-        profile=profile,
-    )
+    try:
+        train(
+            model,
+            recipe,
+            stream,
+            world,
+            checkpoints=checkpoints,
+            log=log,
+            evaluate=evaluate,
+            title=name,
+            attempt=attempt,
+            profile=profile,
+        )
+    except (Exception, KeyboardInterrupt):  # not Stopped, which has waited
+        checkpoints.wait(grace_s())  # what is being written when a training fails is worth it
+        raise
     world.barrier()
     if world.is_main and not attempt:
         checkpoints.clear()

@@ -127,9 +127,9 @@ def train(
                 attempt.reached(steps, recipe.steps)
             last = stops or steps == recipe.steps
             if last or (steps % recipe.checkpoint_every == 0 and not skipped):
-                checkpoints.save(steps, trained, optimizer, world, last)
+                checkpoints.save(steps, trained, optimizer, world, last, stop.left_s() if stops else None)
             if stops:
-                checkpoints.wait()
+                checkpoints.wait(stop.left_s())
                 if wish == OVER:
                     assert attempt is not None
                     raise attempt.over(steps)

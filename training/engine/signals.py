@@ -1,9 +1,10 @@
 """SIGTERM, the cluster's word that a pod must go: obeyed by the loop between two steps, outside the loop at once.
 
-The grace that the loop takes is one step and the writing of one checkpoint (with what runs already when it comes); the message
-says how long it was.
+The grace that the loop takes is one step and the writing of one checkpoint (with what runs already when it comes), at most
+`grace_s`; the message says how long it was.
 """
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -52,6 +53,15 @@ class StopFlag:
     def seconds(self) -> float:
         """Since it was asked; 0 where it was another rank that was."""
         return time.monotonic() - self._at if self.is_set else 0.0
+
+    def left_s(self) -> float:
+        """Of the grace."""
+        return max(0.0, grace_s() - self.seconds())
+
+
+def grace_s() -> float:
+    """How long a process that was asked to stop may take: torchrun kills its ranks after TORCH_ELASTIC_SHUTDOWN_TIMEOUT."""
+    return 0.9 * float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 110))
 
 
 @contextmanager

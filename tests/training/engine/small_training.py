@@ -4,7 +4,7 @@
 
 Writes the weights to WEIGHTS; prints one line per recorded step. FUSED=1: by the fused operations; TROUBLE=step:rank:what
 makes that rank end in that step: what is a signal's name, or `raise`. SLOW_WHILE=file: steps are slow while the file is there;
-HEAD=1: only the head is trained; FORK=1: with --fork.
+HEAD=1: only the head is trained; FORK=1: with --fork; HANGS=step: from that step's on, checkpoints are never written.
 """
 
 import os
@@ -18,6 +18,7 @@ import torch
 from training.config import PretrainConfig, Sharding
 from training.data.dataset import Dataset
 from training.engine import attempts, distributed, memory, store
+from training.engine.checkpoint import name_of
 from training.engine.fit import View, fit
 from training.engine.recipe import Recipe
 from training.models import npz, zoo
@@ -53,6 +54,18 @@ def recipe(steps: int, micro_batch: int | None = None, mixup_alpha: float = 0.2,
     )
 
 
+def hang(store_class: type[store.Store], first: str) -> None:
+    """A store that takes connections and never answers, from the checkpoint of step `first` on."""
+    write = store_class.write
+
+    def hanging(self: store.Store, name: str, data: bytes | memoryview) -> None:
+        if name.startswith("step-") and name >= name_of(int(first)):
+            time.sleep(3_600)
+        write(self, name, data)
+
+    store_class.write = hanging  # type: ignore[method-assign]
+
+
 def main(dataset: str, weights: str, steps: str, name: str, micro_batch: str = "", sharding: Sharding = "none") -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -61,6 +74,8 @@ def main(dataset: str, weights: str, steps: str, name: str, micro_batch: str = "
     if "HEAD" in os.environ:
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(key.startswith("head."))
+    if first := os.environ.get("HANGS"):
+        hang(store.Store, first)
     stage = PretrainConfig(fused="FUSED" in os.environ)
     decides = {"data": data.fingerprint, "lr": os.environ.get("LR", "3e-4")}
     fork = "FORK" in os.environ

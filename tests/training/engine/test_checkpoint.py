@@ -3,6 +3,7 @@
 import logging
 import resource
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,6 +171,18 @@ def test_a_store_that_hangs_holds_no_step_up_but_the_last(tmp_path: Path, caplog
     checkpoints.save(12, trained.model, trained.optimizer, WORLD, last=True)
     checkpoints.wait()
     assert checkpoints.complete() == ["step-00000003", "step-00000012"]
+
+
+def test_who_must_go_waits_for_a_store_that_hangs_only_so_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained, checkpoints = Trained(), Checkpoints(Hanging(str(tmp_path)), {})
+    checkpoints.save(3, trained.model, trained.optimizer, WORLD)
+    began = time.monotonic()
+    checkpoints.save(6, trained.model, trained.optimizer, WORLD, last=True, limit_s=0.2)
+    checkpoints.wait(0.2)
+    assert time.monotonic() - began < 5
+    assert "step-00000006 is left out" in caplog.text
 
 
 def test_nothing_is_restored_where_nothing_was_written(store: Store, caplog: pytest.LogCaptureFixture) -> None:

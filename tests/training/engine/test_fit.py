@@ -117,6 +117,13 @@ def test_steps_that_were_all_skipped_have_no_loss(training: Training) -> None:
     assert not {"loss", "pictures_per_s"} & set(figures)
 
 
+def test_augmenting_on_the_device_trains_the_same(training: Training) -> None:
+    host = training.go(4)["loss"]
+    device = training.go(4, wanted={"on_device": True})["loss"]
+    assert [step for step, _ in host] == [step for step, _ in device] == [4]
+    assert device[0][1] == pytest.approx(host[0][1], rel=1e-5)
+
+
 def test_a_training_that_must_go_does_not_evaluate_first(training: Training) -> None:
     stopped = training.stopped(5, wanted={"evaluate_every": 5})
     assert (stopped.step, stopped.written) == (5, "step-00000005")

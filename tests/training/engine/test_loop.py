@@ -84,6 +84,22 @@ def test_sigterm_checkpoints_and_exits_143(straight: dict, tmp_path: Path, datas
     assert f"{newest.name} was written, start again to go on from there" in (tmp_path / "said").read_text()
 
 
+def test_sigterm_is_obeyed_within_its_grace_also_where_the_store_hangs(tmp_path: Path, dataset: Dataset) -> None:
+    command = [sys.executable, "-m", MODULE, dataset.url, str(tmp_path / "x.npz"), "100000", "hung"]
+    environ = environment() | {"HANGS": "12", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    with (tmp_path / "said").open("wb") as said:
+        child = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=said)
+    assert child.stdout is not None
+    child.stdout.readline()
+    child.stdout.readline()  # the first figures, after checkpoints were left out
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=60) == 143
+    child.stdout.close()
+    told = (tmp_path / "said").read_text()
+    assert "is slow: checkpoint step-00000015 is left out" in told
+    assert "its checkpoint could not be written, the last good one is step-00000009" in told
+
+
 @pytest.mark.parametrize(
     ("ranks", "micro_batch", "sharding"),
     [(1, "4", "none"), (2, "", "none"), (3, "2", "none"), (4, "2", "none"), (2, "4", "full"), (3, "", "full")],
