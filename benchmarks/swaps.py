@@ -12,8 +12,8 @@ import argparse
 import json
 import statistics
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,12 @@ def swap_under_load(service: Service, swaps: int, settled: int, per_s: float) ->
             took.append(service.wait_until("lamps", service.store.publish("lamps", data)))
             memory.append(resident_kb(pid))
 
-    publisher = threading.Thread(target=publish)
-    publisher.start()
     windows: list[dict[str, float]] = []
-    while publisher.is_alive():
-        windows.append(wrk.load(service.url, ASK, 2, 2))  # raises where an answer was not a good one
-    publisher.join()
+    with ThreadPoolExecutor(1) as pool:
+        published = pool.submit(publish)
+        while not published.done():
+            windows.append(wrk.load(service.url, ASK, 2, 2))  # raises where an answer was not a good one
+        published.result()
     quiet += quiet_p99s_ms(service)  # before and after: a machine that slows down meanwhile slows one of them too
     busy = [window["p99_ms"] for window in windows]
     return {

@@ -20,7 +20,7 @@ from services.headers import dimensions, exif_orientation, has_one_scan, sniff
 Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 100_000_000  # refused from the header on, before a decompression bomb is unpacked
-MAX_SCANS = 100  # of a JPEG; encoders write about ten, an attacker thousands of empty ones over many pixels
+MAX_SCANS = 50  # of a JPEG; encoders write about ten, an attacker thousands of empty ones over many pixels
 STRIP_BYTES = (
     4 * 2**20
 )  # of a picture whose colours are computed here: what its intermediate results are made from at once
@@ -115,6 +115,11 @@ def _decode_jpeg(
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, **sides, strict=False)
         colours = "CMYK" if colorspace in ("CMYK", "YCCK") else "RGB"
+        if colours == "CMYK" and any(
+            sides.values()
+        ):  # at its full size: RGB comes of products, and those of means differ
+            sides = {"min_height": 0, "min_width": 0}
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
         read = partial(simplejpeg.decode_jpeg, data, colours, fastupsample=fast, **sides)
         size = height * width * len(colours)
         try:
@@ -129,8 +134,8 @@ def _decode_jpeg(
 
 
 def _damaged(read: Callable[..., Pixels], size: int) -> Pixels | None:
-    """A picture with an error in it, of `size` bytes, as far as it can be read. None where some of it isn't written at all:
-    there the memory would show, another tenant's picture maybe. Raises ValueError.
+    """A picture with an error in it, `size` bytes when decoded, as far as it can be read: over white and over black. None where
+    the two differ, for what isn't written would show the memory, another tenant's picture maybe. Raises ValueError.
     """
     memory, sums = np.empty(size, np.uint8), set()
     for before in (255, 0):

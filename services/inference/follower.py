@@ -213,7 +213,8 @@ class Follower:
         for served in gone:
             self.metrics.forget(served.tenant, served.version)
             log.info("%s version %s left memory", served.tenant, served.version)
-        size_bytes = sum(served.size_bytes for served in gone)
+            del served  # or the last one would still be held when memory is given back
+        size_bytes = sum(one.size_bytes for one in gone)
         gone.clear()
         self._freed.add(size_bytes)
 

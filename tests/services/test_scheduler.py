@@ -97,8 +97,10 @@ def test_a_broken_picture_between_others_leaves_them_their_own_answers() -> None
             busy = asyncio.create_task(ask(one, version, LARGE))  # the others wait behind it, and go together
             await asyncio.sleep(0.005)
             asked = [pictures[0], b"garbage", *pictures[1:], b"\xff\xd8\xff garbage"]
+            before = version.stats.executions
             got = await asyncio.gather(*(ask(one, version, data) for data in asked), return_exceptions=True)
             await busy
+            assert version.stats.executions - before <= 3, "they did not share a batch, so nothing was proven"
         assert [isinstance(answer, BadRequest) for answer in got] == [False, True, False, False, False, True]
         together = [answer[0][0] for answer in got if not isinstance(answer, BaseException)]
         np.testing.assert_allclose(together, alone, atol=1e-6)

@@ -6,6 +6,7 @@ cpu: gloo; cuda: NCCL; xla: TPUs by torch_xla (PJRT_DEVICE says which), where ev
 import ctypes
 import os
 from collections.abc import Iterable
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,10 +14,18 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import SGD
 
-# glibc gives what was freed back to the system, which then clears new pages for the same activations in every step: tens of
-# thousands, 2 to 8 % of a step (measured). malloc.h numbers the settings.
 LIBC = ctypes.CDLL(None)
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as malloc.h numbers them
+
+
+@cache
+def _keep_memory() -> None:
+    """glibc gives large freed blocks back to the system, which then clears new pages for the same activations in every step:
+    tens of thousands, 1 to 8 % of a step (measured).
+    """
+    if hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(M_MMAP_MAX, 0)
+        LIBC.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 class Backend:
@@ -30,9 +39,8 @@ class Backend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        if device.type == "cpu" and hasattr(LIBC, "mallopt"):
-            LIBC.mallopt(M_MMAP_MAX, 0)
-            LIBC.mallopt(M_TRIM_THRESHOLD, -1)
+        if device.type == "cpu":
+            _keep_memory()
 
     def scalar(self, value: float) -> Any:
         """A figure that changes from step to step, as operations take it best."""
@@ -60,10 +68,13 @@ class Backend:
         """Figures of an accelerator, by name; none of a processor."""
         return {}
 
+    def give_back(self) -> None:
+        """Lets the system have what this process keeps free, so that `free_bytes` counts it."""
+        if hasattr(LIBC, "malloc_trim"):
+            LIBC.malloc_trim(0)
+
     def free_bytes(self) -> int:
         """Memory that can still be had: here of the machine and of the container that this runs in."""
-        if hasattr(LIBC, "malloc_trim"):
-            LIBC.malloc_trim(0)  # what this process kept can be had too
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
         limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")

@@ -10,7 +10,9 @@ import hashlib
 import io
 import json
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +32,16 @@ from training.errors import UserError
 META, STATE = "meta.json", "state.pt"
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0 alone
 log = logging.getLogger(__name__)
+
+
+def forever() -> float:
+    return math.inf
+
+
+def within(seconds: float) -> Callable[[], float]:
+    """What is left of so many seconds from now on."""
+    end = time.monotonic() + seconds
+    return lambda: end - time.monotonic()
 
 
 class CheckpointError(UserError):
@@ -60,6 +72,7 @@ class Checkpoints:
     _strange: list[str] = field(default_factory=list, init=False)  # names of those that the first one written replaces
     _left_out: int = field(default=0, init=False)  # since the last write began
     _writer: threading.Thread | None = field(default=None, init=False, repr=False)
+    _serialized: threading.Event = field(default_factory=threading.Event, init=False, repr=False)  # by the last writer
 
     def save(
         self,
@@ -68,18 +81,18 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         world: World,
         last: bool = False,
-        limit_s: float | None = None,
+        left_s: Callable[[], float] = forever,
     ) -> None:
         """Copies the state after `step` optimizer steps and begins to write it. Called by all ranks together.
 
         A store slower than the interval holds training up, for `patience_s`; one that hangs costs checkpoints, but for the
-        `last`, which waits for the one before: for `limit_s`, by default whatever it takes.
+        `last`, which waits for the one before as long as `left_s` says.
         """
         model_state, optimizer_state = get_state_dict(model, optimizer, options=FULL)
         if not world.is_main:
             return
         if self._writer:
-            self._writer.join(limit_s if last else 0 if self._left_out else self.patience_s)
+            self.wait(left_s if last else within(0 if self._left_out else self.patience_s))
             if self._writer.is_alive():
                 self._left_out += 1
                 log.warning("%s is slow: checkpoint %s is left out", self.url, name_of(step))
@@ -87,15 +100,19 @@ class Checkpoints:
         state = _copy({"model": model_state, "optimizer": optimizer_state})
         self._left_out = 0
         meta = {"step": step, "decides": dict(self.decides), "skipped": self.skipped, "history": self.history}
+        self._serialized.clear()
         self._writer = threading.Thread(  # a daemon: a store that hangs must not keep the process from its end
             target=self._write, args=(step, state, json.dumps(meta)), name=f"checkpoint-{step}", daemon=True
         )
         self._writer.start()
 
-    def wait(self, limit_s: float | None = None) -> None:
-        """Until the last write has ended, or for so long."""
-        if self._writer:
-            self._writer.join(limit_s)
+    def wait(self, left_s: Callable[[], float] = forever) -> None:
+        """Until the last write has ended, or as long as `left_s` says (seconds, asked again and again)."""
+        if not self._writer:
+            return
+        self._serialized.wait()  # a process that ends within torch.save aborts
+        while self._writer.is_alive() and (seconds := left_s()) > 0:
+            self._writer.join(min(seconds, 1.0))
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World) -> int:
         """Loads the newest complete, undamaged checkpoint; returns the number of steps done, 0 where there is none yet.
@@ -173,7 +190,10 @@ class Checkpoints:
     def _write(self, step: int, state: dict[str, Any], meta: str) -> None:
         name, buffer = name_of(step), io.BytesIO()
         try:
-            torch.save(state, buffer)
+            try:
+                torch.save(state, buffer)
+            finally:
+                self._serialized.set()
             data = buffer.getbuffer()
             whole = json.loads(meta) | {"sha256": hashlib.sha256(data).hexdigest()}
             self.store.remove(f"{name}/{META}")  # an older attempt at the same step is complete no longer
@@ -195,11 +215,16 @@ class Checkpoints:
             return "unknown"
 
     def _tidy(self, newest: str) -> None:
-        for name in self.store.folders():
-            if name.startswith("step-") and (name > newest or (name in self._strange and name != newest)):
-                self.store.remove(name)
-        self._strange = []
         complete = self.complete()
+        for name in self.store.folders():  # half-written ones too
+            if (
+                name.startswith("step-")
+                and name != newest
+                and (name > newest or name in self._strange or name not in complete)
+            ):
+                self.store.remove(name)
+        complete = [name for name in complete if name <= newest and name not in self._strange]
+        self._strange = []
         for name in complete[: -self.keep]:
             if not self.keep_every or int(name.removeprefix("step-")) % self.keep_every:
                 self.store.remove(name)

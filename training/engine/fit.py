@@ -8,13 +8,13 @@ from typing import Any
 from training.data.batches import Stream
 from training.data.dataset import Dataset
 from training.engine import inference, store
-from training.engine.attempts import Attempt
-from training.engine.checkpoint import Checkpoints
+from training.engine.attempts import Attempt, BudgetError
+from training.engine.checkpoint import Checkpoints, within
 from training.engine.distributed import World
 from training.engine.loop import Log, train
 from training.engine.profile import Profile
 from training.engine.recipe import Recipe
-from training.engine.signals import grace_s
+from training.engine.signals import Preempted, grace_s
 from training.models.resnet import ResNet
 
 History = dict[str, list[tuple[int, float]]]  # figure → (optimizer steps done, value)
@@ -108,8 +108,9 @@ def fit(
             attempt=attempt,
             profile=profile,
         )
-    except (Exception, KeyboardInterrupt):  # not Stopped, which has waited
-        checkpoints.wait(grace_s())  # what is being written when a training fails is worth it
+    except BaseException as error:
+        if not isinstance(error, Preempted | BudgetError):  # which have waited
+            checkpoints.wait(within(grace_s()))
         raise
     world.barrier()
     if world.is_main and not attempt:

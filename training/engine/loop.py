@@ -14,13 +14,13 @@ import torch
 from training.data.batches import Stream
 from training.engine import machine
 from training.engine.attempts import Attempt
-from training.engine.checkpoint import Checkpoints, name_of
+from training.engine.checkpoint import Checkpoints, name_of, within
 from training.engine.distributed import World
 from training.engine.loss import grad_norm, loss_of
 from training.engine.profile import Profile
 from training.engine.progress import Progress
 from training.engine.recipe import Recipe
-from training.engine.signals import Preempted, stop_on_sigterm
+from training.engine.signals import Preempted, grace_s, stop_on_sigterm
 from training.errors import UserError
 from training.models.resnet import ResNet
 
@@ -102,6 +102,8 @@ def train(
             backend.finish_step()
             wish = world.max(OVER if attempt and attempt.is_over else STOP if stop.is_set else GO_ON)
             stops = wish != GO_ON and steps < recipe.steps
+            if wish == STOP:
+                stop.set()  # also where it was another rank that was asked
             due = steps % recipe.evaluate_every == 0 or steps == recipe.steps
             if due or steps % progress.log_every == 0:
                 figures = {}
@@ -127,15 +129,15 @@ def train(
                 attempt.reached(steps, recipe.steps)
             last = stops or steps == recipe.steps
             if last or (steps % recipe.checkpoint_every == 0 and not skipped):
-                checkpoints.save(steps, trained, optimizer, world, last, stop.left_s() if stops else None)
+                checkpoints.save(steps, trained, optimizer, world, last, stop.left_s)
             if stops:
-                checkpoints.wait(stop.left_s())
+                checkpoints.wait(stop.left_s)
                 if wish == OVER:
                     assert attempt is not None
                     raise attempt.over(steps)
                 raise Preempted(steps, stop.seconds(), checkpoints.written, checkpoints.written == name_of(steps))
     world.gather(trained, model)
-    checkpoints.wait()
+    checkpoints.wait(stop.left_s)
 
 
 def _skip(
@@ -145,7 +147,7 @@ def _skip(
     limit = f", max_grad_norm is {recipe.max_grad_norm:g}" if recipe.max_grad_norm else ""
     said = f"the gradient's norm is {norm:g} in step {steps} (lr {lr:g}{limit})"
     if skipped > recipe.max_skipped_steps:
-        checkpoints.wait()
+        checkpoints.wait(within(grace_s()))  # the other ranks wait for this one
         raise DivergedError(
             f"{said}, {skipped} such steps in a row; max_skipped_steps is {recipe.max_skipped_steps}. Lower lr; the last "
             f"good checkpoint is {world.share(checkpoints.written) or 'none yet'} in {checkpoints.url}."

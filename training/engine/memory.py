@@ -36,7 +36,9 @@ def find(model: ResNet, recipe: Recipe, crop: int, world: World, free: float | N
     share = recipe.share(world.size)
     sizes = [size for size in range(share, 0, -1) if share % size == 0 and size % recipe.unit == 0]
     bf16 = recipe.precision == "bf16"
-    free = world.backend.free_bytes() if free is None else free
+    if free is None:
+        world.backend.give_back()
+        free = world.backend.free_bytes()
     room = SHARE * free / picture_bytes(model, crop, bf16)
     for size in sizes[:-1]:
         too_large = size > room or (world.device.type == "cuda" and not _fits(model, size, crop, bf16))

@@ -1,9 +1,10 @@
 """SIGTERM, the cluster's word that a pod must go: obeyed by the loop between two steps, outside the loop at once.
 
-The grace that the loop takes is one step and the writing of one checkpoint (with what runs already when it comes), at most
-`grace_s`; the message says how long it was.
+The loop ends its step and writes a checkpoint (with what runs already when it comes), for which it waits `grace_s` at most; the
+message says how long it took.
 """
 
+import math
 import os
 import signal
 import time
@@ -46,22 +47,28 @@ class StopFlag:
     def __init__(self) -> None:
         self.is_set, self._at = False, 0.0
 
-    def set(self, signum: int, frame: FrameType | None) -> None:
+    def set(self, signum: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
         if not self.is_set:
             self.is_set, self._at = True, time.monotonic()
 
     def seconds(self) -> float:
-        """Since it was asked; 0 where it was another rank that was."""
+        """Since it was asked; 0 where it wasn't."""
         return time.monotonic() - self._at if self.is_set else 0.0
 
     def left_s(self) -> float:
-        """Of the grace."""
-        return max(0.0, grace_s() - self.seconds())
+        """Seconds of the grace that are left; without end as long as nobody asked."""
+        return grace_s() - self.seconds() if self.is_set else math.inf
 
 
 def grace_s() -> float:
-    """How long a process that was asked to stop may take: torchrun kills its ranks after TORCH_ELASTIC_SHUTDOWN_TIMEOUT."""
-    return 0.9 * float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 110))
+    """How long a process that was asked to stop waits for its store.
+
+    torchrun kills its ranks TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds after it passed SIGTERM on, 30 where that is not set; the last
+    words to the store and to MLflow take 10 s each where those hang too.
+    """
+    default = 30 if "TORCHELASTIC_RUN_ID" in os.environ else 110
+    limit_s = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", default))
+    return max(limit_s - 25, limit_s / 2)
 
 
 @contextmanager

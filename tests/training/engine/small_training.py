@@ -4,12 +4,13 @@
 
 Writes the weights to WEIGHTS; prints one line per recorded step. FUSED=1: by the fused operations; TROUBLE=step:rank:what
 makes that rank end in that step: what is a signal's name, or `raise`. SLOW_WHILE=file: steps are slow while the file is there;
-HEAD=1: only the head is trained; FORK=1: with --fork; HANGS=step: from that step's on, checkpoints are never written.
+HEAD=1: only the head is trained; FORK=1: with --fork; HANGS=step: from that step's checkpoint on, nothing is written any more.
 """
 
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -56,10 +57,11 @@ def recipe(steps: int, micro_batch: int | None = None, mixup_alpha: float = 0.2,
 
 def hang(store_class: type[store.Store], first: str) -> None:
     """A store that takes connections and never answers, from the checkpoint of step `first` on."""
-    write = store_class.write
+    write, hung = store_class.write, threading.Event()
 
     def hanging(self: store.Store, name: str, data: bytes | memoryview) -> None:
-        if name.startswith("step-") and name >= name_of(int(first)):
+        if hung.is_set() or (name.startswith("step-") and name >= name_of(int(first))):
+            hung.set()
             time.sleep(3_600)
         write(self, name, data)
 

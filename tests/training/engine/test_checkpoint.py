@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from tests import s3
-from training.engine.checkpoint import CheckpointError, Checkpoints
+from training.engine.checkpoint import CheckpointError, Checkpoints, within
 from training.engine.distributed import World
 from training.engine.store import Store
 
@@ -179,10 +179,17 @@ def test_who_must_go_waits_for_a_store_that_hangs_only_so_long(
     trained, checkpoints = Trained(), Checkpoints(Hanging(str(tmp_path)), {})
     checkpoints.save(3, trained.model, trained.optimizer, WORLD)
     began = time.monotonic()
-    checkpoints.save(6, trained.model, trained.optimizer, WORLD, last=True, limit_s=0.2)
-    checkpoints.wait(0.2)
+    checkpoints.save(6, trained.model, trained.optimizer, WORLD, last=True, left_s=within(0.2))
+    checkpoints.wait(within(0.2))
     assert time.monotonic() - began < 5
     assert "step-00000006 is left out" in caplog.text
+
+
+def test_a_checkpoint_that_was_never_finished_goes_with_the_next_one(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write("step-00000003/state.pt", b"half")
+    Trained().save(Checkpoints(store, {}), 6)
+    assert store.folders() == ["step-00000006"]
 
 
 def test_nothing_is_restored_where_nothing_was_written(store: Store, caplog: pytest.LogCaptureFixture) -> None:

@@ -92,8 +92,10 @@ def test_sigterm_is_obeyed_within_its_grace_also_where_the_store_hangs(tmp_path:
     assert child.stdout is not None
     child.stdout.readline()
     child.stdout.readline()  # the first figures, after checkpoints were left out
+    began = time.monotonic()
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=60) == 143
+    assert time.monotonic() - began < 20  # half of the 5 s, 10 s for the record, the way out
     child.stdout.close()
     told = (tmp_path / "said").read_text()
     assert "is slow: checkpoint step-00000015 is left out" in told

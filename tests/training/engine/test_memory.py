@@ -1,10 +1,8 @@
 """What may be set about memory, and that it changes no result."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ import torch
 from tests.training.engine.small_training import recipe
 from training.config import PretrainConfig
 from training.engine import inference, memory
-from training.engine.backends import Backend
 from training.engine.distributed import World
 from training.engine.recipe import BatchError
 from training.models import zoo
@@ -104,18 +101,27 @@ def test_memory_of_one_step_serves_the_next() -> None:
         command = [sys.executable, "-c", CHILD, how]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    assert faults("given back") > 5_000
-    assert faults("kept") < 100
+    assert faults("kept") < faults("given back") / 4  # which are fewer where the system's pages are huge
 
 
-def test_what_is_kept_counts_as_free() -> None:
+KEPT = """
+import os, torch
+from pathlib import Path
+from training.engine.backends import Backend
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
+backend = Backend(torch.device("cpu"))
+held = torch.ones(256, 1024, 1024)
+with_it = resident()
+del held
+kept = resident()
+backend.give_back()
+print(with_it, kept, resident())
+"""
+
+
+def test_what_is_kept_can_be_given_back() -> None:
     """Or the next of several trainings in one process would find little memory, and take small micro-batches."""
-    backend, statm = Backend(torch.device("cpu")), Path("/proc/self/statm")
-    held = torch.ones(256, 1024, 1024)
-    with_it = int(statm.read_text().split()[1])
-    del held
-    kept = int(statm.read_text().split()[1])
-    backend.free_bytes()
-    given_back = (with_it - int(statm.read_text().split()[1])) * os.sysconf("SC_PAGE_SIZE")
+    done = subprocess.run([sys.executable, "-c", KEPT], check=True, capture_output=True, text=True)
+    with_it, kept, after = map(int, done.stdout.split())
     assert kept > 0.9 * with_it
-    assert given_back > 900 * 2**20
+    assert with_it - after > 900
