@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,12 +35,14 @@ def swap_under_load(service: Service, swaps: int, settled: int, per_s: float) ->
     quiet = quiet_p99s_ms(service)
     memory: list[int] = []
     took: list[float] = []
+    over = threading.Event()
     exports = never_the_same(export(mflop=MFLOP), swaps)
 
     def publish() -> None:
         due = time.monotonic()
         for data in exports:
-            time.sleep(max(0.0, due - time.monotonic()))
+            if over.wait(max(0.0, due - time.monotonic())):
+                return
             due += 1 / per_s
             took.append(service.wait_until("lamps", service.store.publish("lamps", data)))
             memory.append(resident_kb(pid))
@@ -47,8 +50,11 @@ def swap_under_load(service: Service, swaps: int, settled: int, per_s: float) ->
     windows: list[dict[str, float]] = []
     with ThreadPoolExecutor(1) as pool:
         published = pool.submit(publish)
-        while not published.done():
-            windows.append(wrk.load(service.url, ASK, 2, 2))  # raises where an answer was not a good one
+        try:
+            while not published.done():
+                windows.append(wrk.load(service.url, ASK, 2, 2))  # raises where an answer was not a good one
+        finally:
+            over.set()
         published.result()
     quiet += quiet_p99s_ms(service)  # before and after: a machine that slows down meanwhile slows one of them too
     busy = [window["p99_ms"] for window in windows]

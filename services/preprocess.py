@@ -115,10 +115,8 @@ def _decode_jpeg(
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, **sides, strict=False)
         colours = "CMYK" if colorspace in ("CMYK", "YCCK") else "RGB"
-        if colours == "CMYK" and any(
-            sides.values()
-        ):  # at its full size: RGB comes of products, and those of means differ
-            sides = {"min_height": 0, "min_width": 0}
+        if colours == "CMYK":  # at its full size: RGB is a product of two inks, and the product of means is another
+            sides = dict.fromkeys(sides, 0)
             height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
         read = partial(simplejpeg.decode_jpeg, data, colours, fastupsample=fast, **sides)
         size = height * width * len(colours)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from training.config import PretrainConfig
-from training.engine import attempts
+from training.engine import attempts, signals
 from training.engine.attempts import Attempt, BudgetError, attempt
 from training.engine.distributed import World
 from training.engine.signals import Preempted
@@ -165,3 +165,21 @@ def test_a_preempted_training_claims_no_checkpoint_that_was_not_written() -> Non
     assert "step-00000003 was written" in str(Preempted(3, 0.1, "step-00000003", True))
     assert "could not be written, the last good one is step-00000002" in str(Preempted(3, 0.1, "step-00000002", False))
     assert "begins anew" in str(Preempted(3, 0.1, None, False))
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected_s"),
+    [
+        ({}, 85),  # whoever stops it is not known
+        ({"TORCHELASTIC_RUN_ID": "x"}, 15),  # torchrun's own 30 s
+        ({"TORCHELASTIC_RUN_ID": "x", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "110"}, 85),
+    ],
+)
+def test_the_grace_leaves_time_for_last_words(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected_s: float
+) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert signals.grace_s() == expected_s
