@@ -83,7 +83,7 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
-        elif (route := route_of(scope["path"])) is not None and scope["type"] == "http":
+        elif (route := route_of(scope["path"])) is not None:
             await self._answer(route, scope, receive, send)
         else:
             await self.pages(scope, receive, send)
@@ -131,7 +131,7 @@ class App:
             extra.append((b"content-encoding", coding))
         if self.draining.is_set():
             extra.append(bodies.CLOSE)
-        extra += [(b"content-length", b"%d" % len(data)), (b"x-request-id", exchange.request_id.encode("latin-1"))]
+        extra += [(b"content-length", str(len(data)).encode()), (b"x-request-id", exchange.request_id.encode())]
         self.tally.note(exchange, status, len(data))
         held = len(data) if len(data) > LONG_BODY else 0  # until it was read: slow readers hold memory too
         self.room.taken_bytes += held
@@ -156,15 +156,22 @@ class App:
             exchange.quota = quota
             if cold is not None:  # also who waits for a version counts as running
                 exchange.served, exchange.alias = await self._load(exchange, cold), cold.wanted.alias
-            came = bodies.Counted(receive)
-            try:
-                body = await bodies.read(came if not size else receive, headers, limit, self.room)
-            finally:  # also what came of a body that was refused
-                self.tenants.charge(exchange.tenant, came.size_bytes)
+            if size:
+                body = await bodies.read(receive, headers, limit, self.room)
+            else:
+                body = await self._read_untold(exchange, receive)
             try:
                 return await self._reply(exchange, body)
             finally:
                 self.room.give_back(len(body))
+
+    async def _read_untold(self, exchange: Exchange, receive: Receive) -> bytes:
+        """A body whose length no header tells counts as it comes, also where it is refused."""
+        came = bodies.Counted(receive)
+        try:
+            return await bodies.read(came, exchange.headers, self.settings.max_body_bytes, self.room)
+        finally:
+            self.tenants.charge(exchange.tenant, came.size_bytes)
 
     async def _reply(self, exchange: Exchange, body: bytes) -> tuple[bytes, Headers]:
         if exchange.action == "infer":
@@ -204,15 +211,14 @@ class App:
         self, exchange: Exchange, pictures: list[bytes], names: list[str] | None
     ) -> tuple[bytes, Headers]:
         served, query = exchange.version, exchange.query()
-        top = exchange.top() or len(served.session.card.classes)
-        how = query.get("explain", "0")
+        top, how = exchange.top(query, len(served.session.card.classes)), query.get("explain", "0")
         if how not in ("0", "1", "overlay"):
             raise BadRequest(f"explain={how!r} must be 0, 1 (numbers) or overlay (a picture)")
         outputs = ("probabilities",) if how == "0" else ("probabilities", "feature_map", "head_weight")
         rows = await self._run(exchange, pictures, outputs)
-        answers = [protocol.classification(served, row, top) for row in rows[0]]
+        answers = [protocol.classification(served, row, top) for row in list(rows[0])]
         if how != "0":
-            await self._explain(exchange, answers, pictures, rows[1:], how)
+            await self._explain(exchange, answers, pictures, rows, how)
         return self._told(exchange, answers, names), [JSON, *exchange.origin()]
 
     async def _explain(self, exchange: Exchange, answers: Answers, pictures: list[bytes], rows: Rows, how: str) -> None:
@@ -220,8 +226,9 @@ class App:
 
         def charged() -> None:
             began, limits = time.thread_time(), (self.settings.max_pixels, exchange.deadline)
+            classes = exchange.version.session.card.classes
             try:
-                explain.explain(answers, pictures, rows, how == "overlay", *limits)
+                explain.explain(answers, classes, pictures, rows, how == "overlay", *limits)
             finally:
                 self.scheduler.charge(exchange.tenant, (time.thread_time() - began) / exchange.quota.weight)
 
@@ -268,12 +275,12 @@ class App:
         head = (b"inference-header-content-length", b"%d" % json_length)
         return data, [BINARY, head, *exchange.origin()]
 
-    async def _run(self, exchange: Exchange, data: Any, outputs: tuple[str, ...]) -> Rows:
-        """Rows of the outputs; where the time went is noted in `exchange.timings`."""
+    def _run(self, exchange: Exchange, data: Any, outputs: tuple[str, ...]) -> "asyncio.Future[Rows]":
+        """Rows of the outputs; where the time went is noted in `exchange.timings`. Raises Unavailable."""
         answer: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
         work = Work(exchange.version, data, outputs, exchange.deadline, answer, exchange.quota.weight)
         exchange.timings = work.timings
-        return await self.scheduler.submit(work)
+        return self.scheduler.submit(work)
 
 
 def main() -> None:

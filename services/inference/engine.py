@@ -43,7 +43,12 @@ class Card:
 
 
 class Session:
-    """A loaded export. One thread computes one batch, so that several threads share the cores without fighting."""
+    """A loaded export. One thread computes one batch, so that several threads share the cores without fighting.
+
+    picture_s: seconds of a worker that a picture takes, as the scheduler learnt; 0 before it did.
+    """
+
+    picture_s = 0.0
 
     def __init__(self, data: bytes) -> None:
         options = ort.SessionOptions()

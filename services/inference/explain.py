@@ -27,19 +27,20 @@ def explainers(count: int) -> ThreadPoolExecutor:
 
 def explain(
     answers: list[dict[str, Any]],
+    classes: list[str],
     pictures: list[bytes],
     rows: list[NDArray[np.float32]],
     as_overlay: bool,
     max_pixels: int,
     deadline: float,
 ) -> None:
-    """Adds `explanation` to each answer; rows: feature maps, head_weight. Raises DeadlineExceeded."""
-    for answer, picture, feature_map in zip(answers, pictures, rows[0], strict=True):
+    """Adds `explanation` to each answer; rows: probabilities, feature maps, head_weight. Raises DeadlineExceeded."""
+    best_of = rows[0].argmax(axis=1).tolist()
+    for answer, picture, best, feature_map in zip(answers, pictures, best_of, rows[1], strict=True):
         if time.monotonic() > deadline:
             raise DeadlineExceeded("the deadline passed before every picture was explained")
-        best = answer["predictions"][0]
-        heat = activation_map(feature_map, rows[1], best["index"])
-        told: dict[str, Any] = {"class": best["class"]}
+        heat = activation_map(feature_map, rows[2], best)
+        told: dict[str, Any] = {"class": classes[best]}
         if as_overlay:
             told["overlay"] = overlay(picture, heat, max_pixels)
         else:

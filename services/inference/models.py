@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from services.inference.aliases import ALIASES, CHAMPION, Wanted
 from services.inference.engine import Session
 from services.inference.errors import NotFound
@@ -50,6 +52,13 @@ class Served:
     replaced: float | None = None  # when its last alias left it
     stats: Stats = field(default_factory=Stats)
     series: Any = None  # its metrics, held by tally.py
+
+    def __post_init__(self) -> None:
+        """What every answer of this version tells is rendered once: its headers, and its classes as JSON without their end."""
+        told = {"x-model-name": self.tenant, "x-model-version": self.version, "x-model-sha256": self.sha256}
+        self.headers = [(name.encode(), value.encode()) for name, value in told.items()]
+        classes = enumerate(self.session.card.classes)
+        self.labels = [orjson.dumps({"class": name, "index": i})[:-1] + b',"probability":' for i, name in classes]
 
 
 class Cold(Exception):

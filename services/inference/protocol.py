@@ -206,11 +206,15 @@ def describe(served: Served, aliases: list[str]) -> dict[str, Any]:
 
 
 def classification(served: Served, probabilities: NDArray[np.float32], top: int) -> dict[str, Any]:
-    """One picture's answer: the `top` classes by probability; unknown where the best stays below the threshold."""
-    card = served.session.card
-    values = probabilities.tolist()
+    """One picture's answer: the `top` classes by probability, as JSON; unknown where the best stays below the threshold."""
+    threshold, labels, values = served.session.card.threshold, served.labels, probabilities.tolist()
+    written = orjson.dumps(probabilities, option=orjson.OPT_SERIALIZE_NUMPY)
+    numbers = written[1:-1].split(
+        b","
+    )  # all at once: rounded one by one, in an object each, they took three times as long
     order = sorted(range(len(values)), key=values.__getitem__, reverse=True)[:top]
+    told = b"},".join([labels[i] + numbers[i] for i in order])
     return {
-        "predictions": [{"class": card.classes[i], "index": i, "probability": round(values[i], 6)} for i in order],
-        "unknown": card.threshold is not None and values[order[0]] < card.threshold,
+        "predictions": orjson.Fragment(b"[" + told + b"}]"),
+        "unknown": threshold is not None and values[order[0]] < threshold,
     }

@@ -12,13 +12,11 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services import preprocess
-from services.inference.engine import Session
 from services.inference.errors import BadRequest, DeadlineExceeded, ServiceError, TooLarge, Unavailable
 from services.inference.metrics import Metrics
 from services.inference.models import Served
@@ -44,8 +42,8 @@ class Work:
     cost_s: float = 0.0
     timings: dict[str, float] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return len(self.data)
+    def __post_init__(self) -> None:
+        self.pictures = len(self.data)
 
 
 class Lane:
@@ -91,7 +89,6 @@ class Scheduler:
         self.metrics, self.workers = metrics, workers
         self._lanes: dict[str, Lane] = {}  # tenants that have work waiting
         self.usage = Usage()
-        self._picture_s: WeakKeyDictionary[Session, float] = WeakKeyDictionary()
         metrics.queue.set_function(
             lambda: self.queue_s
         )  # asked at each scrape: set at arrivals, it would never fall to 0
@@ -109,8 +106,8 @@ class Scheduler:
         """How long the work that waits will take."""
         return sum(lane.waiting_s for lane in list(self._lanes.values())) / self.workers
 
-    def check(self, served: Served, pictures: int = 1) -> None:
-        """Whether another request may wait; cheap enough to ask before its body is read. Raises Unavailable.
+    def check(self, served: Served, pictures: int = 1) -> float:
+        """What a request will cost, if it may wait; cheap enough to ask before its body is read. Raises Unavailable.
 
         Each of n waiting tenants has an nth of the queue, so that nobody can fill it for all; when it is full, only those who
         stay within that may wait, so that many tenants together cannot make it longer than twice its length.
@@ -120,13 +117,14 @@ class Scheduler:
         lane = self._lanes.get(served.tenant)
         waiting_s = lane.waiting_s / self.workers if lane else 0.0
         tenants = max(1, len(self._lanes) + (lane is None))  # a worker may have emptied the lane by now
-        share_s = self.max_queue_s / tenants
-        if waiting_s + self.cost_s(served, pictures) / self.workers <= share_s:
-            return
+        cost_s = self.cost_s(served, pictures)
+        if waiting_s + cost_s / self.workers <= self.max_queue_s / tenants:
+            return cost_s
         if waiting_s > 0:  # a request alone may be larger than its share: else it would never be answered
             raise Unavailable(f"{waiting_s * 1000:.0f} ms of your work are waiting; try again", after_s=waiting_s)
         if (queue_s := self.queue_s) > self.max_queue_s:
             raise Unavailable(f"{queue_s * 1000:.0f} ms of work are waiting; try again", after_s=queue_s)
+        return cost_s
 
     def charge(self, tenant: str, cost_s: float) -> None:
         """Counts work that was done for a tenant outside the workers; cost_s is divided by its weight already."""
@@ -135,13 +133,12 @@ class Scheduler:
 
     def cost_s(self, served: Served, pictures: int) -> float:
         """Seconds of a worker that they will take, as far as is known."""
-        return pictures * self._picture_s.get(served.session, FIRST_GUESS_S)
+        return pictures * (served.session.picture_s or FIRST_GUESS_S)
 
-    async def submit(self, work: Work) -> list[NDArray[np.float32]]:
-        """The named outputs for the request's pictures, one row each. Raises a ServiceError."""
+    def submit(self, work: Work) -> "asyncio.Future[list[NDArray[np.float32]]]":
+        """Its answer: the named outputs for the request's pictures, one row each, or a ServiceError. Raises Unavailable."""
         tenant = work.served.tenant
-        self.check(work.served, len(work))
-        work.cost_s = self.cost_s(work.served, len(work))
+        work.cost_s = self.check(work.served, work.pictures)
         with self._lock:
             lane = self._lanes.get(tenant)
             if lane is None:
@@ -149,7 +146,7 @@ class Scheduler:
             lane.queue.append(work)
             lane.waiting_s += work.cost_s
             self._idle.wake()
-        return await work.answer
+        return work.answer
 
     def close(self) -> None:
         """Ends the workers once the queues are empty."""
@@ -174,12 +171,12 @@ class Scheduler:
 
     def _learn(self, answered: list[Work]) -> None:
         """What a picture of this version costs, by those that were answered: what cannot be decoded costs next to nothing."""
-        served, count = answered[0].served, sum(map(len, answered))
+        served, count = answered[0].served, sum(work.pictures for work in answered)
         served.stats.executions += 1
         served.stats.pictures += count
         took_s = sum(work.timings.get("decode", 0.0) for work in answered) + answered[0].timings["infer"]
-        known = self._picture_s.get(served.session, took_s / count)
-        self._picture_s[served.session] = known + (1 - 0.9**count) * (took_s / count - known)
+        known = served.session.picture_s or took_s / count
+        served.session.picture_s = known + (1 - 0.9**count) * (took_s / count - known)
 
     def _take(self) -> list[Work]:
         """The next request of the tenant that received least, and those behind it for the same session and outputs.
@@ -196,14 +193,14 @@ class Scheduler:
             lane = self._lanes[tenant]
             queue = lane.queue
             first = queue.popleft()
-            batch, count, cost_s = [first], len(first), first.cost_s
+            batch, count, cost_s = [first], first.pictures, first.cost_s
             limit = min(self.max_batch, 1 + len(queue) // self.workers)
-            while queue and count + len(queue[0]) <= limit and cost_s + queue[0].cost_s <= self.max_batch_s:
+            while queue and count + queue[0].pictures <= limit and cost_s + queue[0].cost_s <= self.max_batch_s:
                 following = queue[0]
                 if following.served.session is not first.served.session or following.outputs != first.outputs:
                     break
                 batch.append(queue.popleft())
-                count += len(following)
+                count += following.pictures
                 cost_s += following.cost_s
             self.usage.add(tenant, cost_s / first.weight, now)
             lane.waiting_s -= cost_s
@@ -232,12 +229,12 @@ class Scheduler:
         if len(batch) == 1 and isinstance(batch[0].data, np.ndarray):
             return batch, batch[0].data
         size = batch[0].served.session.card.resolution
-        pixels = np.empty((sum(map(len, batch)), size, size, 3), np.uint8)
+        pixels = np.empty((sum(work.pictures for work in batch), size, size, 3), np.uint8)
         ready, count = [], 0
         for work in batch:
-            if self._decode_into(pixels[count : count + len(work)], work):
+            if self._decode_into(pixels[count : count + work.pictures], work):
                 ready.append(work)
-                count += len(work)
+                count += work.pictures
         return ready, pixels[:count]
 
     def _decode_into(self, pixels: Pixels, work: Work) -> bool:
@@ -248,10 +245,10 @@ class Scheduler:
         try:
             for number, data in enumerate(work.data):
                 if number and time.monotonic() > began + self.max_decode_s:  # one alone is bounded by its pixels
-                    raise TooLarge(f"{number} of {len(work)} pictures took the time of all to decode; send fewer")
+                    raise TooLarge(f"{number} of {work.pictures} pictures took the time of all to decode; send fewer")
                 preprocess.pixels(data, pixels.shape[1], self.max_pixels, pixels[number])
         except preprocess.PictureError as error:
-            which = f"picture {number}: " if len(work) > 1 else ""
+            which = f"picture {number}: " if work.pictures > 1 else ""
             self._fail(work, BadRequest(which + str(error)))
             return False
         except Exception as error:  # TooLarge, or what nobody foresaw (memory, say): not the others' fault
@@ -268,10 +265,10 @@ class Scheduler:
         for work in batch:
             work.timings["infer"] = took
             rows = [
-                r if name == "head_weight" else r[start : start + len(work)]
+                r if name == "head_weight" else r[start : start + work.pictures]
                 for name, r in zip(first.outputs, results, strict=True)
             ]
-            start += len(work)
+            start += work.pictures
             answered.append((work.answer, rows))
         self._learn(batch)
         self._loop.call_soon_threadsafe(_resolve, answered)  # once a batch: each call wakes the loop

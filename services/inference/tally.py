@@ -8,8 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from prometheus_client import Counter, Histogram
 
@@ -33,8 +32,7 @@ class Series:
         self.stages: dict[str, Histogram] = {stage: metrics.stage.labels(*labels, stage) for stage in STAGES}
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(NamedTuple):
     """took_s: from the request's headers to its answer; at: seconds since the epoch."""
 
     exchange: Exchange

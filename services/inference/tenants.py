@@ -19,8 +19,7 @@ import secrets
 import string
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Self
@@ -70,11 +69,10 @@ class Bucket:
 
     rate: float
     clock: Callable[[], float]
-    level: float = 0.0
-    at: float = 0.0
 
     def __post_init__(self) -> None:
-        self.level, self.at = max(1.0, self.rate), self.clock()
+        self.size = self.level = max(1.0, self.rate)
+        self.at = self.clock()
 
     def wait_s(self, amount: float) -> float:
         """Seconds until `amount` may be taken, 0 for now.
@@ -82,10 +80,10 @@ class Bucket:
         What is larger than the whole bucket is let through when it is full: then the debt delays those after it.
         """
         now = self.clock()
-        self.level = min(max(1.0, self.rate), self.level + (now - self.at) * self.rate)
+        self.level = min(self.size, self.level + (now - self.at) * self.rate)
         self.at = now
-        needed = min(amount, max(1.0, self.rate))
-        return max(0.0, needed - self.level) / self.rate
+        missing = min(amount, self.size) - self.level
+        return missing / self.rate if missing > 0 else 0.0
 
     def take(self, amount: float) -> None:
         """Also more than there is: the debt delays those after it."""
@@ -93,12 +91,19 @@ class Bucket:
 
 
 class Gate:
-    """One tenant's quota in use."""
+    """One tenant's quota in use; `with` it while a request runs."""
 
     def __init__(self, quota: Quota, clock: Callable[[], float]) -> None:
         self.quota, self.running = quota, 0
         self.requests = Bucket(quota.requests_per_s, clock) if quota.requests_per_s else None
         self.bytes = Bucket(quota.bytes_per_s, clock) if quota.bytes_per_s else None
+
+    def __enter__(self) -> Quota:
+        self.running += 1
+        return self.quota
+
+    def __exit__(self, *_: object) -> None:
+        self.running -= 1
 
 
 @dataclass
@@ -167,27 +172,26 @@ class Tenants:
             raise Forbidden(f"this key is not one of {tenant!r}")
         return owner
 
-    @contextmanager
-    def admit(self, tenant: str, size_bytes: int) -> Iterator[Quota]:
-        """Counts a request against its tenant's quota while it runs. Raises TooManyRequests with when to come again."""
+    def admit(self, tenant: str, size_bytes: int) -> Gate:
+        """Counts a request against its tenant's quota; the caller holds the gate while it runs.
+
+        Raises TooManyRequests with when to come again: both buckets are asked before one is taken from, a refusal costs nothing.
+        """
         gate = self._gates.get(tenant)
         if gate is None:
             gate = self._gates[tenant] = Gate(self._quota(tenant), self.clock)
-        quota = gate.quota
-        if quota.concurrent is not None and gate.running >= quota.concurrent:
-            raise TooManyRequests(f"{quota.concurrent} requests of {tenant!r} are running, its limit")
-        asked = [(gate.requests, 1, "requests"), (gate.bytes, size_bytes, "bytes")]
-        limited = [(bucket, amount, unit) for bucket, amount, unit in asked if bucket is not None]
-        for bucket, amount, unit in limited:  # all are asked before one is taken from: a refusal costs nothing
-            if wait_s := bucket.wait_s(amount):
-                raise TooManyRequests(f"{tenant!r} is over its {bucket.rate:g} {unit} per second", wait_s)
-        for bucket, amount, _ in limited:
-            bucket.take(amount)
-        gate.running += 1
-        try:
-            yield quota
-        finally:
-            gate.running -= 1
+        most, requests, size = gate.quota.concurrent, gate.requests, gate.bytes
+        if most is not None and gate.running >= most:
+            raise TooManyRequests(f"{most} requests of {tenant!r} are running, its limit")
+        if requests and (wait_s := requests.wait_s(1)):
+            raise TooManyRequests(f"{tenant!r} is over its {requests.rate:g} requests per second", wait_s)
+        if size:
+            if wait_s := size.wait_s(size_bytes):
+                raise TooManyRequests(f"{tenant!r} is over its {size.rate:g} bytes per second", wait_s)
+            size.take(size_bytes)
+        if requests:
+            requests.take(1)
+        return gate
 
     def _quota(self, tenant: str) -> Quota:
         return self.quotas.get(tenant) or self.quotas.get(ANYBODY) or Quota()

@@ -231,7 +231,7 @@ def test_explaining_ends_at_the_deadline_and_gives_way_to_answering(lamps: Servi
     told = [{"predictions": [{"class": "dark", "index": 0}]} for _ in range(2)]
     rows = [np.zeros((2, 3, SIDE, SIDE), np.float32), np.zeros((3, 2), np.float32)]
     with pytest.raises(DeadlineExceeded, match="before every picture was explained"):
-        explain.explain(told, [gray_png(1)] * 2, rows, False, 10**6, time.monotonic() - 1)
+        explain.explain(told, ["a", "b"], [gray_png(1)] * 2, rows, False, 10**6, time.monotonic() - 1)
     assert lamps.http.post("/v1/lamps/classify?explain=overlay", files=form(*range(64))).status_code == 200
     threads = Path(f"/proc/{lamps.process.pid}/task").iterdir()
     niceness = [int((thread / "stat").read_text().rpartition(")")[2].split()[16]) for thread in threads]

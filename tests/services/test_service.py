@@ -1,5 +1,6 @@
 """The service as a real process over real HTTP, behind both registries: a real MLflow server and a folder of exports."""
 
+import math
 import os
 import subprocess
 import sys
@@ -229,20 +230,30 @@ def test_a_server_that_ends_before_it_answers_or_later_is_an_error_at_once(tmp_p
     assert time.monotonic() - began < 200
 
 
+LIBRARIES = (
+    "cv2, httptools, onnxruntime, orjson, prometheus_client, pydantic_settings, python_multipart, simplejpeg, uvicorn"
+)
+
+
 def test_importing_the_service_is_quick_and_needs_no_training_code() -> None:
-    script = (
-        "import sys, time; began = time.thread_time(); import services.inference.app; "
-        "took = time.thread_time() - began; "
-        "print(took, 'torch' in sys.modules, any(name.startswith('training') for name in sys.modules))"
-    )
-    least_s = 9.0  # of a processor; beside other work the same import takes up to twice that, hence the best of some
-    for _ in range(10):
+    """0.4 s where Python is as fast as usual; on slower machines little more than what it imports takes there."""
+
+    def import_s(what: str) -> float:
+        script = (
+            f"import sys, time; began = time.thread_time(); import {what}; took = time.thread_time() - began; "
+            "print(took, 'torch' in sys.modules, any(name.startswith('training') for name in sys.modules))"
+        )
         done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
         took, torch, training = done.stdout.split()
         assert (torch, training) == ("False", "False")
-        if (least_s := min(least_s, float(took))) < 0.4:
+        return float(took)
+
+    least_s = libraries_s = math.inf  # beside other work an import takes up to twice its time, hence the best of some
+    for _ in range(10):
+        least_s, libraries_s = min(least_s, import_s("services.inference.app")), min(libraries_s, import_s(LIBRARIES))
+        if least_s < 0.4 or least_s < 1.3 * libraries_s:
             break
-    assert least_s < 0.4
+    assert least_s < max(0.4, 1.3 * libraries_s)
 
 
 def test_help_names_every_setting() -> None:

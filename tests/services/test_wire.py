@@ -5,7 +5,7 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import pytest
 import uvicorn
 
 from services.inference import wire
+from services.inference.asgi import rendered
+from services.inference.deadline import Deadline
 from services.inference.pages import Pages, pages
 from tests.services.exports import export, gray_png
 from tests.services.running import Folder, Service, bit_serve
@@ -208,33 +210,157 @@ def test_the_answer_to_a_body_too_large_arrives_whatever_is_still_sent(dial: Dia
     assert wait_for_end(connection) < LIMIT_S + 3
 
 
+def test_requests_that_come_together_are_answered_in_their_order(dial: Dial) -> None:
+    paths = [b"/v2", b"/v2/health/live", b"/v2/models/lamps/re%61dy?x=1", b"http://x/v2/health/ready?x=1", b"/nothing"]
+    connection = dial(b"".join(b"GET " + path + b" HTTP/1.1\r\nhost: x\r\n\r\n" for path in paths[:-1]))
+    connection.sendall(ASK + b"GET /nothing HTTP/1.0\r\n\r\n")
+    answers = [answer_of(one) for one in [Buffered(connection)] * 6]
+    assert [status for status, _ in answers] == [200, 200, 200, 200, 200, 404]
+    assert [next(iter(told)) for _, told in answers] == ["name", "live", "ready", "ready", "tenant", "error"]
+    assert wait_for_end(connection) < 0.5, "HTTP/1.0 keeps no connection"
+
+
+class Buffered:
+    """Reads one byte at a time, so that nothing of the next answer is taken."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+
+    def recv(self, most: int) -> bytes:
+        return self.connection.recv(1)
+
+
+def test_a_head_is_answered_by_a_head_and_the_connection_goes_on(dial: Dial) -> None:
+    connection = dial(b"HEAD / HTTP/1.1\r\nhost: x\r\n\r\n")
+    time.sleep(0.2)
+    said = connection.recv(100_000)
+    assert said.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert said.endswith(b"\r\n\r\n")
+    assert int(said.split(b"content-length: ")[1].split(b"\r\n")[0]) > 1000
+    connection.sendall(ASK)
+    assert answer_of(connection)[0] == 200
+
+
+def test_who_waits_for_a_word_before_the_body_gets_it_unless_the_request_is_refused(dial: Dial) -> None:
+    head = b"POST /v1/lamps/classify HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: %d\r\n\r\n"
+    connection = dial(head % len(PICTURE))
+    assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    connection.sendall(PICTURE)
+    assert answer_of(connection)[0] == 200
+    assert answer_of(dial(head % 10_000_000))[0] == 413
+
+
+def test_an_idle_connection_ends_in_peace_and_one_in_use_does_not(tmp_path: Path) -> None:
+    store = Folder(tmp_path)
+    store.publish("lamps", export())
+    with bit_serve(store, tmp_path, "--keep_alive_s", "1", "--header_timeout_s", "30") as service:
+        address = "127.0.0.1", int(service.url.rsplit(":", 1)[1])
+        with (
+            socket.create_connection(address, timeout=15) as used,
+            socket.create_connection(address, timeout=15) as idle,
+        ):
+            idle.sendall(ASK)
+            assert answer_of(idle)[0] == 200
+            began, left_s = time.monotonic(), None
+            while time.monotonic() < began + 2.5:
+                used.sendall(ASK)
+                assert answer_of(used)[0] == 200
+                time.sleep(0.4)
+            left_s = wait_for_end(idle)
+            assert left_s < 0.1
+            assert 0.5 < wait_for_end(used) < 3
+
+
+@pytest.mark.parametrize(
+    ("headers", "match"),
+    [
+        ([(b"x-name", b"a\r\nx-other: b")], "ends its line"),
+        ([(b"x-name", b"a\nb")], "ends its line"),
+        ([(b"content-length", b"3")], "of 2 bytes says that it has b'3'"),
+    ],
+)
+def test_what_would_be_more_or_less_than_one_answer_is_not_written(headers: list, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        rendered(200, headers, b"{}", head_only=False, close=False)
+
+
+def test_a_deadline_moves_and_its_timer_follows() -> None:
+    async def missed(*moves: tuple[float, float | None]) -> float | None:
+        """moves: after so many seconds the deadline is set to so many more, None clears it."""
+        loop, rang = asyncio.get_running_loop(), []
+        deadline = Deadline(loop, lambda: rang.append(loop.time()))
+        began = loop.time()
+        for pause, seconds in moves:
+            await asyncio.sleep(pause)
+            if seconds is None:
+                deadline.clear()
+            else:
+                deadline.set(seconds)
+        await asyncio.sleep(0.5)
+        assert len(rang) <= 1
+        deadline.end()
+        return rang[0] - began if rang else None
+
+    assert asyncio.run(missed((0, 0.1))) == pytest.approx(0.1, abs=0.09)
+    assert asyncio.run(missed((0, 0.1), (0.05, 0.3))) == pytest.approx(0.35, abs=0.09)
+    assert asyncio.run(missed((0, 60), (0, 0.1))) == pytest.approx(0.1, abs=0.09)
+    assert asyncio.run(missed((0, 0.1), (0.02, None))) is None
+    assert asyncio.run(missed((0, 0.1), (0.02, None), (0.2, 0.1))) == pytest.approx(0.32, abs=0.09)
+
+
+def test_an_application_that_fails_or_says_nothing_is_told_as_an_internal_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def app(scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError("no lifespan here")
+        if scope["path"] == "/fails":
+            raise RuntimeError("a secret of the inside")
+        if scope["path"] == "/breaks":
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"x", b"a\r\nb: c")]})
+            await send({"type": "http.response.body", "body": b"{}"})
+        if scope["path"] == "/streams":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for part in (b"a", b"b"):
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+    async def ask(client: httpx.AsyncClient, address: str) -> list[httpx.Response]:
+        return [await client.get(f"{address}/{path}") for path in ("fails", "breaks", "silent", "streams")]
+
+    *failed, streamed = asyncio.run(served(app, ask))
+    assert [(one.status_code, one.json()) for one in failed] == [(500, {"error": "internal error"})] * 3
+    assert (streamed.text, streamed.headers["content-length"]) == ("ab", "2")
+    assert "a secret of the inside" in caplog.text
+
+
+Asking = Callable[[httpx.AsyncClient, str], Awaitable[list[httpx.Response]]]
+
+
+async def served(app: object, ask: Asking, most: int | None = None) -> list[httpx.Response]:
+    """What `ask` gets of a server with such connections. most: connections at once."""
+    limits = wire.protocol(wire.Limits(1, 1, 1))
+    config = uvicorn.Config(app, port=0, http=limits, limit_concurrency=most, ws="none", log_config=None)  # type: ignore[arg-type]
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    async with httpx.AsyncClient() as client:
+        answers = await ask(client, address)
+    server.should_exit = True
+    await serving
+    return answers
+
+
 def test_one_connection_too_many_and_a_page_that_fails_are_told_in_the_apis_own_form() -> None:
     nothing: list = [None] * 7
 
-    async def ask() -> list[httpx.Response]:
-        config = uvicorn.Config(
-            pages(Pages(*nothing)),
-            port=0,
-            http=wire.protocol(wire.Limits(1, 1, 1)),
-            limit_concurrency=1,
-            ws="none",
-            log_config=None,
-        )
-        server = uvicorn.Server(config)
-        serving = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/tenants"
-        async with httpx.AsyncClient() as client:
-            crowded = await client.get(address)
-        config.limit_concurrency = None
-        async with httpx.AsyncClient() as client:
-            failed = await client.get(address)
-        server.should_exit = True
-        await serving
-        return [crowded, failed]
+    async def ask(client: httpx.AsyncClient, address: str) -> list[httpx.Response]:
+        return [await client.get(f"{address}/v1/tenants")]
 
-    crowded, failed = asyncio.run(ask())
+    [crowded] = asyncio.run(served(pages(Pages(*nothing)), ask, most=1))
     assert (crowded.status_code, "connections" in crowded.json()["error"]) == (503, True)
     assert crowded.headers["retry-after"] == "1"
+    [failed] = asyncio.run(served(pages(Pages(*nothing)), ask))
     assert (failed.status_code, failed.json()["error"]) == (500, "internal error")
