@@ -98,7 +98,10 @@ class Exchange:
 
     def trace_id(self) -> str | None:
         """The trace that the request belongs to (W3C Trace Context, section 3.2)."""
-        parts = self.headers.get(b"traceparent", b"").decode("latin-1").split("-")
+        given = self.headers.get(b"traceparent")
+        if given is None:
+            return None
+        parts = given.decode("latin-1").split("-")
         whole = len(parts) >= 4 and len(parts[1]) == 32 and not set(parts[1]) - set("0123456789abcdef")
         return parts[1] if whole and set(parts[1]) != {"0"} else None
 

@@ -10,11 +10,11 @@ import time
 from collections import deque
 from typing import Any, NamedTuple
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter
 
 from services.inference.access import AccessLog
 from services.inference.exchange import Exchange
-from services.inference.metrics import Metrics
+from services.inference.metrics import Metrics, Times
 from services.inference.models import Served
 
 log = logging.getLogger("bit.tally")
@@ -28,8 +28,8 @@ class Series:
     def __init__(self, metrics: Metrics, served: Served) -> None:
         labels = (served.tenant, served.version)
         self.ok: Counter = metrics.requests.labels(*labels, "200")
-        self.latency: Histogram = metrics.latency.labels(*labels)
-        self.stages: dict[str, Histogram] = {stage: metrics.stage.labels(*labels, stage) for stage in STAGES}
+        self.latency: Times = metrics.latency.labels(*labels)
+        self.stages: dict[str, Times] = {stage: metrics.stage.labels(*labels, stage) for stage in STAGES}
 
 
 class Answered(NamedTuple):
@@ -119,6 +119,11 @@ def _line(answer: Answered) -> dict[str, Any]:
         "alias": exchange.alias,
         "status": answer.status,
         "bytes": answer.size_bytes,
-        "ms": round(answer.took_s * 1000, 2),
-        **{f"{stage}_ms": round(seconds * 1000, 2) for stage, seconds in exchange.timings.items()},
+        "ms": _ms(answer.took_s),
+        **{f"{stage}_ms": _ms(seconds) for stage, seconds in exchange.timings.items()},
     }
+
+
+def _ms(seconds: float) -> float:
+    """To a hundredth; `round` takes ten times as long."""
+    return int(seconds * 100_000) / 100
