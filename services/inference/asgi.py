@@ -1,15 +1,16 @@
-"""One request between a connection and an ASGI application: its body in pieces, its answer as a whole."""
+"""One request between a connection and an ASGI application: its body in pieces, its answer as a whole. No socket, no clock."""
 
 import asyncio
 import logging
 from collections.abc import Sequence
-from http import HTTPStatus
 from typing import Any, Protocol
+
+import orjson
 
 log = logging.getLogger("bit.asgi")
 MOST_AHEAD = 64 * 1024  # bytes of a body that are read before the application takes them
-STATUS = {status.value: b"HTTP/1.1 %d %s" % (status, status.phrase.encode()) for status in HTTPStatus}
 JSON = (b"content-type", b"application/json")
+CLOSE = (b"connection", b"close")
 
 
 class Connection(Protocol):
@@ -24,8 +25,6 @@ class Connection(Protocol):
     def read_on(self) -> None: ...
 
     def answer(self, request: "Request", status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None: ...
-
-    def ended(self, request: "Request") -> None: ...
 
 
 class Request:
@@ -44,7 +43,6 @@ class Request:
         "news",
         "parts",
         "scope",
-        "task",
         "waiting",
     )
 
@@ -52,7 +50,6 @@ class Request:
         self.connection, self.scope, self.keep_alive, self.expects_continue = connection, scope, keep_alive, expects
         self.body, self.more_body, self.deadline = b"", True, 0.0
         self.news = self.answered = self.gone = False  # news: something to receive; gone: the client
-        self.task: asyncio.Task[None] | None = None
         self.waiting: asyncio.Future[None] | None = None
         self.head: dict[str, Any] = {}
         self.parts: list[bytes] = []
@@ -62,19 +59,17 @@ class Request:
             await app(self.scope, self.receive, self.send)
         except (Exception, asyncio.CancelledError):  # cancelled: the grace of a service that ends is over
             log.exception("%s %s failed", self.scope["method"], self.scope["path"])
-        try:
-            if not self.answered:
-                self.connection.answer(self, 500, [JSON], b'{"error":"internal error"}')
-        finally:
-            self.connection.ended(self)
+        if not self.answered:
+            self.connection.answer(self, 500, [JSON], b'{"error":"internal error"}')
 
     async def receive(self) -> dict[str, Any]:
         """The next piece of the body. Raises TimeoutError once a body has taken too long."""
-        if self.expects_continue:
-            self.expects_continue = False
+        if self.gone or self.answered:
+            return {"type": "http.disconnect"}
+        if self.expects_continue and not self.connection.transport.is_closing():
             self.connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self.more_body:
-            self.connection.read_on()
+            self.expects_continue = False
+        self.connection.read_on()
         if not self.news:
             await self._wait()
         self.news = False
@@ -106,28 +101,26 @@ class Request:
         connection = self.connection
         if connection.full:
             await connection.writable.wait()
-        body = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+        parts, self.parts = self.parts, []  # a connection keeps its last request for as long as it stays
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
         connection.answer(self, self.head["status"], self.head["headers"], body)
+        del body, parts  # nor for a client that is slow to read
         if connection.full:
             await connection.writable.wait()
 
     def worth_reading(self) -> bool:
-        """Whether what is left of a body that was refused at its headers is little enough to keep the connection."""
+        """Whether what is left of a body that was refused at its headers is little enough to keep the connection.
+
+        Who waits for a word that did not come may send the body or leave it out: then what follows cannot be told apart.
+        """
+        if self.expects_continue:
+            return False
         announced = dict(self.scope["headers"]).get(b"content-length", b"")
         return announced.isdigit() and len(announced) < 6 and int(announced) <= MOST_AHEAD
 
 
-def rendered(status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes, head_only: bool, close: bool) -> bytes:
-    """An answer as it goes over the wire. Raises ValueError for what would be more or less than one answer there."""
-    told, length = dict(headers), str(len(body)).encode()  # b"%d" takes five times as long
-    lines = [STATUS[status], *[name + b": " + value for name, value in headers]]
-    if b"content-length" not in told:
-        lines.append(b"content-length: " + length)
-    elif told[b"content-length"] != length and not head_only:
-        raise ValueError(f"an answer of {len(body)} bytes says that it has {told[b'content-length']!r}")
-    if close and b"connection" not in told:
-        lines.append(b"connection: close")
-    head = b"\r\n".join(lines)
-    if head.count(b"\n") != len(lines) - 1 or head.count(b"\r") != len(lines) - 1:
-        raise ValueError(f"a header's value ends its line: {headers!r}")
-    return b"".join((head, b"\r\n\r\n", b"" if head_only else body))
+async def crowded(scope: Any, receive: Any, send: Any) -> None:
+    """The application for one connection too many."""
+    body = orjson.dumps({"error": "all connections of this instance are taken; try again"})
+    await send({"type": "http.response.start", "status": 503, "headers": [JSON, CLOSE, (b"retry-after", b"1")]})
+    await send({"type": "http.response.body", "body": body})

@@ -22,7 +22,7 @@ class Deadline:
         """In so many seconds from now, whatever was due before."""
         self.at = self._loop.time() + seconds
         if self.at < self._rings:
-            self.end()
+            self._stop()
             self._start()
 
     def clear(self) -> None:
@@ -30,14 +30,19 @@ class Deadline:
 
     def end(self) -> None:
         """No call any more."""
+        self.at, self._missed = math.inf, _nothing
+        self._stop()
+
+    def _stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
 
     def _start(self) -> None:
         self._timer, self._rings = self._loop.call_at(self.at, self._ring), self.at
 
     def _ring(self) -> None:
-        self._rings = math.inf
+        self._timer, self._rings = None, math.inf
         if self.at == math.inf:
             return
         if self._loop.time() < self.at:
@@ -45,3 +50,7 @@ class Deadline:
         else:
             self.at = math.inf
             self._missed()
+
+
+def _nothing() -> None:
+    pass

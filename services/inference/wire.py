@@ -10,9 +10,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
-from urllib.parse import unquote
 
 import httptools
 import orjson
@@ -20,14 +18,12 @@ import uvicorn
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
-from services.inference.asgi import JSON, MOST_AHEAD, STATUS, Request, rendered
+from services.inference import http1
+from services.inference.asgi import CLOSE, JSON, MOST_AHEAD, Request, crowded
 from services.inference.deadline import Deadline
 from services.inference.errors import Headers
 
-LARGEST_HEADER = 64 * 1024  # bytes of a request's line, headers or trailers
-MOST_HEADERS = 100
 MOST_PIPELINED = 64  # requests on one connection that wait for the answers before them
-CLOSE = (b"connection", b"close")
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,8 @@ class Limits:
 class Connection(asyncio.Protocol):
     """What httptools finds in the bytes that come, as requests, one running at a time.
 
-    request: the one that was parsed last. idle: the client need not send anything, but then the connection ends in peace.
+    request: the one that was parsed last. due: when the client must have sent what comes next; idle: it need not, but then
+    the connection ends in peace; leaving: what comes is dropped. unread: when it must have read what was answered.
     """
 
     limits: Limits
@@ -57,20 +54,18 @@ class Connection(asyncio.Protocol):
     ) -> None:
         self.config, self.state, self.loop = config, server_state, _loop or asyncio.get_running_loop()
         self.parser, self.body_s = self._parser(), self.limits.body_s
+        self.running: Request | None = None
         self.request: Request | None = None
         self.pipeline: deque[Request] = deque()
-        self.url, self.headers = b"", []
-        self.header_bytes = 0  # that came since the header, or trailer, began
-        self.in_header = self.in_trailer = self.expects_continue = self.upgrading = False
-        self.leaving = False  # what comes is dropped
+        self.url, self.headers, self.header_bytes = b"", [], 0  # bytes that came since the header, or trailer, began
+        self.in_header = self.in_trailer = self.expects_continue = self.upgrading = self.leaving = False
         self.full, self.writable, self.stopped = False, asyncio.Event(), False
         self.writable.set()
         self.due, self.idle = Deadline(self.loop, self._missed), False
-        self.reading: asyncio.TimerHandle | None = None  # until it must have read what was answered
-        self.refusal = 400, "the request is not HTTP/1.1 as it can be read here"
+        self.refusal = http1.UNREADABLE
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self.transport = transport
+        self.transport, self.unread = transport, Deadline(self.loop, transport.abort)
         self.state.connections.add(self)  # type: ignore[arg-type]
         self.common = {
             "type": "http",
@@ -84,38 +79,39 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.state.connections.discard(self)
-        self.due.end()
-        self.resume_writing()
-        for request in (self.request, *self.pipeline):
-            if request is not None:
-                request.gone = True
-                request.wake()
+        self.writable.set()
+        for request in filter(None, (self.running, self.request, *self.pipeline)):
+            request.gone = True
+            request.wake()
+        self.unread.end()
+        self.due.end()  # and these refer back here: the memory of a connection does not wait for the garbage's collection
+        del self.parser
+        self.running = self.request = None
+        self.pipeline.clear()
 
     def data_received(self, data: bytes) -> None:
         if self.leaving:
             return
-        if self.idle:
-            self.idle = False
-            self.due.clear()
+        self._woken()
         in_header = self.in_header or self.in_trailer
         try:
             self._feed(data)
         except httptools.HttpParserError:
             self._refuse()
-        if in_header and (self.in_header or self.in_trailer):
+        if in_header and (self.in_header or self.in_trailer) and not self.leaving:
             self.header_bytes += len(data)
-            if self.header_bytes > LARGEST_HEADER:
-                self._header_too_large()
+            if self.header_bytes > http1.LARGEST_HEADER:
+                self.refusal = http1.TOO_LARGE
                 self._refuse()
-        nothing_runs = self.request is None or self.request.answered
-        if self.due.at == math.inf and (self.in_header or nothing_runs) and not self.leaving:  # most headers come whole
+        waited_for = self.in_header or self.request is None or self.request.answered
+        if waited_for and self.due.at == math.inf and not self.leaving and not self.stopped:  # most headers come whole
             self.due.set(self.limits.header_s)
 
     def _feed(self, data: bytes) -> None:
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:  # ignored (RFC 9110, section 7.8): what follows is the body
-            head, self.upgrading = self._without_upgrade(), False
+            head, self.upgrading = http1.without_upgrade(self.parser, self.url, self.headers), False
             self.parser = self._parser()
             self.parser.feed_data(head)
             self._feed(data[upgrade.args[0] :])
@@ -125,18 +121,10 @@ class Connection(asyncio.Protocol):
         parser.set_dangerous_leniencies(lenient_data_after_close=True)  # else a request before such data got no answer
         return parser
 
-    def _without_upgrade(self) -> bytes:
-        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
-        for name, value in self.headers:
-            if name == b"connection":
-                value = b"close" if b"close" in value.lower() else b"keep-alive"
-            if name not in (b"upgrade", b"http2-settings"):
-                lines.append(name + b": " + value)
-        return b"\r\n".join(lines) + b"\r\n\r\n"
-
     def on_message_begin(self) -> None:
         self.url, self.headers, self.header_bytes = b"", [], 0
         self.in_header, self.expects_continue = True, False
+        self._woken()
 
     def on_url(self, url: bytes) -> None:
         self.url += url
@@ -151,33 +139,23 @@ class Connection(asyncio.Protocol):
         self.in_header = False
         self.due.clear()
         headers, parser = self.headers, self.parser
-        size = len(self.url) + sum(map(len, chain.from_iterable(headers)))
-        if len(headers) > MOST_HEADERS or size > LARGEST_HEADER:
-            self._header_too_large()
+        if http1.is_too_large(self.url, headers):
+            self.refusal = http1.TOO_LARGE
             raise ValueError
         if len(self.pipeline) >= MOST_PIPELINED:
             raise ValueError
-        method, version = parser.get_method().decode("ascii"), parser.get_http_version()
         if parser.should_upgrade():
-            if method == "CONNECT":
+            if parser.get_method() == b"CONNECT":
                 raise ValueError
             self.upgrading = True
             return
-        raw_path, query = _split(self.url)
-        path = raw_path.decode("ascii")
-        scope = {
-            **self.common,
-            "http_version": version,
-            "method": method,
-            "path": unquote(path) if "%" in path else path,
-            "raw_path": raw_path,
-            "query_string": query,
-            "headers": headers,
-        }
+        scope = self.common | http1.scope(parser, self.url, headers)
         self.headers = []  # trailers come here: not among the headers that the application sees
         before = self.request
-        request = Request(self, scope, version != "1.0" and parser.should_keep_alive(), self.expects_continue)
-        self.request = request
+        newer = scope["http_version"] != "1.0"
+        self.request = request = Request(
+            self, scope, newer and parser.should_keep_alive(), newer and self.expects_continue
+        )
         if before is None or before.answered:
             self._start(request)
         else:
@@ -198,20 +176,24 @@ class Connection(asyncio.Protocol):
         request.wake()
 
     def on_message_complete(self) -> None:
-        self.in_trailer = False
-        if not self.upgrading and self.request is not None:
-            self.request.more_body = False
-            self.request.wake()
+        self.in_trailer, request = False, self.request
+        if not self.upgrading and request is not None:
+            request.more_body = False
+            request.wake()
+            if request.answered:
+                self._rest()
 
     def answer(self, request: Request, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
         """Writes it, and goes on with the next request. Raises ValueError for what is no answer."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or request.gone:
             return
+        if request.answered:
+            raise RuntimeError("a request is answered once")
         if CLOSE in headers or (request.more_body and not request.worth_reading()):
             request.keep_alive = False
         head_only, close = request.scope["method"] == "HEAD", not request.keep_alive
-        written = rendered(status, [*self.state.default_headers, *headers], body, head_only, close)
-        request.answered = True
+        written = http1.rendered(status, [*self.state.default_headers, *headers], body, head_only, close)
+        request.answered, request.body = True, b""
         request.wake()
         self.transport.write(written)
         if self.leaving or close:
@@ -220,14 +202,20 @@ class Connection(asyncio.Protocol):
         self.read_on()
         if self.pipeline:
             self._start(self.pipeline.popleft())
-        else:
-            self.idle = True
-            self.due.set(self.config.timeout_keep_alive)
+        elif not self.in_header:
+            self._rest()
+        elif self.due.at == math.inf:
+            self.due.set(self.limits.header_s)
 
-    def ended(self, request: Request) -> None:
-        """The application is through with it."""
-        if request.task is not None:
-            self.state.tasks.discard(request.task)
+    def _rest(self) -> None:
+        """Nothing is asked, nothing must come."""
+        self.idle = True
+        self.due.set(self.config.timeout_keep_alive)
+
+    def _woken(self) -> None:
+        if self.idle:
+            self.idle = False
+            self.due.clear()
 
     def shutdown(self) -> None:
         """The service ends: after the answer to what runs, so does the connection."""
@@ -239,14 +227,12 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self.full = True
         self.writable.clear()
-        self._must_read()
+        self.unread.set(self.limits.answer_s)
 
     def resume_writing(self) -> None:
         self.full = False
         self.writable.set()
-        if self.reading is not None:
-            self.reading.cancel()
-            self.reading = None
+        self.unread.clear()
 
     def read_on(self) -> None:
         if self.stopped:
@@ -259,10 +245,11 @@ class Connection(asyncio.Protocol):
             self.transport.pause_reading()
 
     def _start(self, request: Request) -> None:
-        most = self.config.limit_concurrency
-        app = _crowded if most is not None and len(self.state.connections) >= most else self.config.loaded_app
-        request.task = self.loop.create_task(request.run(app))
-        self.state.tasks.add(request.task)
+        self.running, most = request, self.config.limit_concurrency
+        app = crowded if most is not None and len(self.state.connections) >= most else self.config.loaded_app
+        task = self.loop.create_task(request.run(app))
+        self.state.tasks.add(task)
+        task.add_done_callback(self.state.tasks.discard)
 
     def _refuse(self) -> None:
         """Refuses what cannot be parsed, in the API's own form. Requests that came before it are answered instead."""
@@ -276,8 +263,7 @@ class Connection(asyncio.Protocol):
             request.gone = True
             request.wake()
         body = orjson.dumps({"error": told})
-        head = b"\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
-        self.transport.write(STATUS[status] + head + body)
+        self.transport.write(http1.rendered(status, [JSON], body, head_only=False, close=True))
         self._hang_up()
 
     def _hang_up(self) -> None:
@@ -288,7 +274,8 @@ class Connection(asyncio.Protocol):
             self.leaving = True
             self.read_on()
             self.transport.write_eof()
-            self.due.set(self.limits.header_s)
+            unread = self.transport.get_write_buffer_size()
+            self.due.set(max(self.limits.header_s, self.limits.answer_s) if unread else self.limits.header_s)
         else:
             self._close()
 
@@ -296,36 +283,14 @@ class Connection(asyncio.Protocol):
         """Of a client that does not read, the system would keep the connection for ever."""
         if not self.transport.is_closing():
             self.transport.close()
-            if self.transport.get_write_buffer_size():
-                self._must_read()
-
-    def _header_too_large(self) -> None:
-        self.refusal = 431, f"a request's header holds at most {LARGEST_HEADER:,} bytes and {MOST_HEADERS} lines"
-
-    def _must_read(self) -> None:
-        if self.reading is None:
-            self.reading = self.loop.call_later(self.limits.answer_s, self.transport.abort)
+            if self.transport.get_write_buffer_size() and self.unread.at == math.inf:
+                self.unread.set(self.limits.answer_s)
 
     def _missed(self) -> None:
         if self.idle:
             self._close()
         else:
             self.transport.abort()
-
-
-def _split(url: bytes) -> tuple[bytes, bytes]:
-    """Path and query of a request's target, which may be a whole URL (RFC 9112, section 3.2.2)."""
-    if url.startswith(b"/"):
-        path, _, query = url.partition(b"?")
-        return path, query
-    parsed = httptools.parse_url(url)
-    return parsed.path or b"/", parsed.query or b""
-
-
-async def _crowded(scope: Any, receive: Any, send: Any) -> None:
-    body = orjson.dumps({"error": "all connections of this instance are taken; try again"})
-    await send({"type": "http.response.start", "status": 503, "headers": [JSON, CLOSE, (b"retry-after", b"1")]})
-    await send({"type": "http.response.body", "body": body})
 
 
 def protocol(given: Limits) -> type[Connection]:

@@ -160,7 +160,7 @@ def test_the_pages_bodies_are_limited_too(lamps: Service) -> None:
 
 
 def test_an_answer_that_is_no_single_piece_comes_whole(lamps: Service) -> None:
-    """HEAD, a file, and a request whose client waits for 100 Continue go uvicorn's own way."""
+    """HEAD, a file, and a request whose client waits for 100 Continue."""
     assert lamps.http.head("/").headers["content-length"]
     assert lamps.http.head("/").content == b""
     assert len(lamps.http.get("/static/playground.js").content) > 1000

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,8 +16,8 @@ import pytest
 import uvicorn
 
 from services.inference import wire
-from services.inference.asgi import rendered
 from services.inference.deadline import Deadline
+from services.inference.http1 import rendered
 from services.inference.pages import Pages, pages
 from tests.services.exports import export, gray_png
 from tests.services.running import Folder, Service, bit_serve
@@ -337,9 +339,13 @@ def test_an_application_that_fails_or_says_nothing_is_told_as_an_internal_error(
 Asking = Callable[[httpx.AsyncClient, str], Awaitable[list[httpx.Response]]]
 
 
-async def served(app: object, ask: Asking, most: int | None = None) -> list[httpx.Response]:
+STRICT = wire.protocol(wire.Limits(1, 1, 1))
+
+
+async def served(
+    app: object, ask: Asking, most: int | None = None, limits: type[wire.Connection] = STRICT
+) -> list[httpx.Response]:
     """What `ask` gets of a server with such connections. most: connections at once."""
-    limits = wire.protocol(wire.Limits(1, 1, 1))
     config = uvicorn.Config(app, port=0, http=limits, limit_concurrency=most, ws="none", log_config=None)  # type: ignore[arg-type]
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
@@ -364,3 +370,89 @@ def test_one_connection_too_many_and_a_page_that_fails_are_told_in_the_apis_own_
     assert crowded.headers["retry-after"] == "1"
     [failed] = asyncio.run(served(pages(Pages(*nothing)), ask))
     assert (failed.status_code, failed.json()["error"]) == (500, "internal error")
+
+
+def test_a_connection_that_ended_leaves_nothing_in_memory() -> None:
+    """Not even until the next collection of garbage; and one that stays, nothing of what it answered."""
+    made: list[weakref.ref[wire.Connection]] = []
+
+    class Watched(wire.Connection):
+        limits = wire.Limits(5, 5, 5)
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            made.append(weakref.ref(self))
+
+    async def app(scope: dict, receive: Callable, send: Callable) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(1_000_000)})
+
+    async def ask(client: httpx.AsyncClient, address: str) -> list[httpx.Response]:
+        answers = [await client.get(address), await client.post(address, content=bytes(50_000))]
+        [connection] = [one() for one in made]
+        assert connection is not None
+        assert connection.request is not None
+        assert (connection.request.parts, connection.request.body) == ([], b"")
+        async with httpx.AsyncClient() as other:
+            for _ in range(5):
+                await other.get(address, headers={"connection": "close"})
+        del connection
+        await client.aclose()
+        await asyncio.sleep(0.2)
+        assert [one() for one in made] == [None] * 6
+        return answers
+
+    gc.disable()
+    try:
+        assert [one.status_code for one in asyncio.run(served(app, ask, limits=Watched))] == [200, 200]
+    finally:
+        gc.enable()
+
+
+def test_a_body_that_breaks_or_a_client_that_leaves_is_no_error_of_the_service(strict: Service, dial: Dial) -> None:
+    head = b"POST /v1/lamps/classify HTTP/1.1\r\nhost: x\r\n"
+    assert answer_of(dial(head + b"transfer-encoding: chunked\r\n\r\nZZ\r\n"))[0] == 400
+    for left in (b"expect: 100-continue\r\ncontent-length: 1000\r\n\r\n", b"content-length: 1000\r\n\r\nabc"):
+        dial(head + left).close()
+    connection = dial(b"GET /v2 HTTP/1.1\r\nhost: x\r\nx: ")
+    for part in (*[b"y" * 60_000] * 2, b"y" * 6_000 + b"\r\n\x00: broken\r\n\r\n"):  # both too large and broken
+        connection.sendall(part)
+        time.sleep(0.05)
+    assert answer_of(connection)[0] == 400
+    assert strict.classify("lamps", PICTURE).status_code == 200
+    assert "Traceback" not in strict.log.read_text()
+
+
+def test_a_header_that_began_behind_a_request_has_its_time_only(dial: Dial) -> None:
+    connection = dial(ASK + b"GET /v2 HTTP/1.1\r\nho")
+    assert answer_of(connection)[0] == 200
+    assert wait_for_end(connection) < LIMIT_S + 1
+
+
+def test_a_refused_body_that_came_whole_leaves_the_connection_for_later(dial: Dial) -> None:
+    connection = dial(b"POST /v1/nobody/classify HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n")
+    assert answer_of(connection)[0] == 404
+    connection.sendall(bytes(1000))
+    time.sleep(LIMIT_S + 1)
+    connection.sendall(ASK)
+    assert answer_of(connection)[0] == 200
+    waits = b"POST /v1/nobody/classify HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 1000\r\n\r\n"
+    assert b"connection: close" in read_to_end(dial(waits)), "whether the body follows cannot be told"
+
+
+def test_what_runs_is_not_cut_off_by_a_header_that_the_service_does_not_read() -> None:
+    async def app(scope: dict, receive: Callable, send: Callable) -> None:
+        await asyncio.sleep(1.5)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    async def ask(client: httpx.AsyncClient, address: str) -> list[httpx.Response]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rsplit(":", 1)[1]))
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 2 + b"GET / HTT")
+        await writer.drain()
+        said = await reader.read()
+        assert said.count(b"done") == 2
+        writer.close()
+        return []
+
+    assert asyncio.run(served(app, ask)) == []
