@@ -103,8 +103,7 @@ class Request:
             await connection.writable.wait()
         parts, self.parts = self.parts, []  # a connection keeps its last request for as long as it stays
         body = parts[0] if len(parts) == 1 else b"".join(parts)
-        connection.answer(self, self.head["status"], self.head["headers"], body)
-        del body, parts  # nor for a client that is slow to read
+        connection.answer(self, self.head["status"], self.head.get("headers", ()), body)
         if connection.full:
             await connection.writable.wait()
 

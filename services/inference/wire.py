@@ -235,7 +235,7 @@ class Connection(asyncio.Protocol):
         self.unread.clear()
 
     def read_on(self) -> None:
-        if self.stopped:
+        if self.stopped and not self.transport.is_closing():
             self.stopped = False
             self.transport.resume_reading()
 
