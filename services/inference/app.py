@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,9 @@ from services.inference.errors import (
     ServiceError,
     Unavailable,
 )
-from services.inference.exchange import Exchange, Route, Scope, route_of
+from services.inference.exchange import Exchange, Route, Scope, asked_top, route_of
 from services.inference.follower import Follower
+from services.inference.http1 import CLOSE, JSON
 from services.inference.metrics import Metrics
 from services.inference.models import Cold, Models, Served
 from services.inference.pages import Pages, pages
@@ -50,7 +52,6 @@ Rows = list[NDArray[np.float32]]
 Answers = list[dict[str, Any]]
 
 log = logging.getLogger("bit.serve")
-JSON = (b"content-type", b"application/json")
 BINARY = (b"content-type", b"application/octet-stream")
 LONG_BODY, LONG_ANSWER = 256 * 1024, 4 * 1024  # bytes above which parsing leaves the event loop, and compressing pays
 
@@ -130,7 +131,7 @@ class App:
             data = await asyncio.to_thread(bodies.compress, data, coding) if long else bodies.compress(data, coding)
             extra.append((b"content-encoding", coding))
         if self.draining.is_set():
-            extra.append(bodies.CLOSE)
+            extra.append(CLOSE)
         extra += [(b"content-length", str(len(data)).encode()), (b"x-request-id", exchange.request_id.encode())]
         self.tally.note(exchange, status, len(data))
         held = len(data) if len(data) > LONG_BODY else 0  # until it was read: slow readers hold memory too
@@ -156,22 +157,13 @@ class App:
             exchange.quota = quota
             if cold is not None:  # also who waits for a version counts as running
                 exchange.served, exchange.alias = await self._load(exchange, cold), cold.wanted.alias
-            if size:
-                body = await bodies.read(receive, headers, limit, self.room)
-            else:
-                body = await self._read_untold(exchange, receive)
+            if not size:
+                receive = bodies.Counted(receive, partial(self.tenants.charge, exchange.tenant))
+            body = await bodies.read(receive, headers, limit, self.room)
             try:
                 return await self._reply(exchange, body)
             finally:
                 self.room.give_back(len(body))
-
-    async def _read_untold(self, exchange: Exchange, receive: Receive) -> bytes:
-        """A body whose length no header tells counts as it comes, also where it is refused."""
-        came = bodies.Counted(receive)
-        try:
-            return await bodies.read(came, exchange.headers, self.settings.max_body_bytes, self.room)
-        finally:
-            self.tenants.charge(exchange.tenant, came.size_bytes)
 
     async def _reply(self, exchange: Exchange, body: bytes) -> tuple[bytes, Headers]:
         if exchange.action == "infer":
@@ -211,12 +203,12 @@ class App:
         self, exchange: Exchange, pictures: list[bytes], names: list[str] | None
     ) -> tuple[bytes, Headers]:
         served, query = exchange.version, exchange.query()
-        top, how = exchange.top(query, len(served.session.card.classes)), query.get("explain", "0")
+        top, how = asked_top(query, len(served.session.card.classes)), query.get("explain", "0")
         if how not in ("0", "1", "overlay"):
             raise BadRequest(f"explain={how!r} must be 0, 1 (numbers) or overlay (a picture)")
         outputs = ("probabilities",) if how == "0" else ("probabilities", "feature_map", "head_weight")
         rows = await self._run(exchange, pictures, outputs)
-        answers = [protocol.classification(served, row, top) for row in list(rows[0])]
+        answers = [protocol.classification(served, row, top) for row in rows[0]]
         if how != "0":
             await self._explain(exchange, answers, pictures, rows, how)
         return self._told(exchange, answers, names), [JSON, *exchange.origin()]

@@ -1,4 +1,4 @@
-"""One request between a connection and an ASGI application: its body in pieces, its answer as a whole. No socket, no clock."""
+"""One request between a connection and an ASGI application: its body in pieces, its answer as a whole."""
 
 import asyncio
 import logging
@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import orjson
 
+from services.inference.http1 import CLOSE, JSON
+
 log = logging.getLogger("bit.asgi")
 MOST_AHEAD = 64 * 1024  # bytes of a body that are read before the application takes them
-JSON = (b"content-type", b"application/json")
-CLOSE = (b"connection", b"close")
 
 
 class Connection(Protocol):

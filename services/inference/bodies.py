@@ -10,9 +10,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field, File, create_form_parser
 
 from services.inference.errors import BadRequest, RequestTimeout, TooLarge, Unavailable, UnsupportedMedia
+from services.inference.http1 import CLOSE
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-CLOSE = (b"connection", b"close")  # what the client still sends is not worth reading
 PIECE, MOST_MEMBERS = 64 * 1024, 10_000  # bytes decompressed at once, parts of one gzip body
 MOST_FIELDS = 64  # of a form, beside its files
 WINDOW = {b"gzip": 31, b"deflate": 15}  # zlib's wbits for each content coding
@@ -33,14 +33,14 @@ def announced(headers: dict[bytes, bytes], limit: int) -> int:
 
 
 class Counted:
-    """Counts the bytes of a body whose length no header told."""
+    """Receives a body whose length no header told: `charge` gets the bytes as they come, also of one that is refused."""
 
-    def __init__(self, receive: Receive) -> None:
-        self.receive, self.size_bytes = receive, 0
+    def __init__(self, receive: Receive, charge: Callable[[int], None]) -> None:
+        self.receive, self.charge = receive, charge
 
     async def __call__(self) -> MutableMapping[str, Any]:
         message = await self.receive()
-        self.size_bytes += len(message.get("body", b""))
+        self.charge(len(message.get("body", b"")))
         return message
 
 

@@ -32,6 +32,16 @@ def route_of(path: str) -> Route | None:
     return None
 
 
+def asked_top(query: dict[str, str], classes: int) -> int:
+    """How many of the classes `?top=` asks for. Raises BadRequest."""
+    top = query.get("top")
+    if top is None:
+        return classes
+    if not top.isascii() or not top.isdigit() or len(top) > MOST_DIGITS or int(top) < 1:
+        raise BadRequest(f"top={top[:20]!r} must be a whole number from 1")
+    return int(top)
+
+
 @dataclass(slots=True)
 class Exchange:
     """action: "classify", "features" or "infer"; name: tenant[@alias]; wanted: the version in the path."""
@@ -67,15 +77,6 @@ class Exchange:
     def query(self) -> dict[str, str]:
         query = self.scope["query_string"]
         return {key: values[-1] for key, values in parse_qs(query.decode("latin-1")).items()} if query else {}
-
-    def top(self, query: dict[str, str], classes: int) -> int:
-        """How many of the classes `?top=` asks for. Raises BadRequest."""
-        top = query.get("top")
-        if top is None:
-            return classes
-        if not top.isascii() or not top.isdigit() or len(top) > MOST_DIGITS or int(top) < 1:
-            raise BadRequest(f"top={top[:20]!r} must be a whole number from 1")
-        return int(top)
 
     def json_length(self) -> int | None:
         """Bytes of JSON before binary tensors, None where the whole body is JSON. Raises BadRequest."""

@@ -10,6 +10,8 @@ import httptools
 
 from services.inference.errors import Headers
 
+JSON = (b"content-type", b"application/json")
+CLOSE = (b"connection", b"close")  # what the client still sends is not worth reading
 LARGEST_HEADER = 64 * 1024  # bytes of a request's line, headers or trailers
 MOST_HEADERS = 100
 UNREADABLE = 400, "the request is not HTTP/1.1 as it can be read here"

@@ -19,7 +19,7 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
 from services.inference import http1
-from services.inference.asgi import CLOSE, JSON, MOST_AHEAD, Request, crowded
+from services.inference.asgi import MOST_AHEAD, Request, crowded
 from services.inference.deadline import Deadline
 from services.inference.errors import Headers
 
@@ -189,7 +189,7 @@ class Connection(asyncio.Protocol):
             return
         if request.answered:
             raise RuntimeError("a request is answered once")
-        if CLOSE in headers or (request.more_body and not request.worth_reading()):
+        if http1.CLOSE in headers or (request.more_body and not request.worth_reading()):
             request.keep_alive = False
         head_only, close = request.scope["method"] == "HEAD", not request.keep_alive
         written = http1.rendered(status, [*self.state.default_headers, *headers], body, head_only, close)
@@ -263,7 +263,7 @@ class Connection(asyncio.Protocol):
             request.gone = True
             request.wake()
         body = orjson.dumps({"error": told})
-        self.transport.write(http1.rendered(status, [JSON], body, head_only=False, close=True))
+        self.transport.write(http1.rendered(status, [http1.JSON], body, head_only=False, close=True))
         self._hang_up()
 
     def _hang_up(self) -> None:
