@@ -1,13 +1,12 @@
 """What the header of an encoded picture tells, before anything is unpacked: kind, size, orientation, how many scans."""
 
-import contextlib
 import struct
-from collections.abc import Iterator
-
-import simplejpeg
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 MAX_MARKERS = 10_000  # before a JPEG's first scan; a camera writes dozens, an attacker one in every two bytes
-FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # markers SOFn of a JPEG; C0 and C1 are sequential
+FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # markers SOFn of a JPEG
+SEQUENTIAL = frozenset({0xC0, 0xC1})
 SCAN = 0xDA  # marker SOS
 SIGNATURES = {
     b"\xff\xd8\xff": "jpeg",
@@ -26,41 +25,48 @@ def sniff(data: bytes) -> str | None:
     return next((kind for signature, kind in SIGNATURES.items() if data.startswith(signature)), None)
 
 
-def dimensions(data: bytes) -> tuple[int, int] | None:
-    """(width, height) as the header says, before EXIF turns it; None where the header cannot be read."""
+class Header(NamedTuple):
+    """width, height: before EXIF turns the picture. The rest is a JPEG's: channels: components of its frame; one_scan: whether a
+    decoder stops after the first scan; orientation: 1 to 8 (EXIF 2.32, tag 0x0112), 1 where nothing says otherwise.
+    """
+
+    kind: str
+    width: int
+    height: int
+    channels: int = 3
+    one_scan: bool = True
+    orientation: int = 1
+
+
+def header(data: bytes) -> Header | None:
+    """None where the first bytes announce no picture, or the header does not tell its size."""
     kind = sniff(data)
     try:
         if kind == "jpeg":
-            return _jpeg_dimensions(data)
-        if kind == "png":
-            return struct.unpack(">II", data[16:24])
-        if kind == "gif":
-            return struct.unpack("<HH", data[6:10])
-        if kind == "bmp":
-            if data[14:18] == b"\x0c\0\0\0":  # the header of OS/2, whose sides are 16 bits long
-                return struct.unpack("<HH", data[18:22])
-            width, height = struct.unpack("<ii", data[18:26])
-            return abs(width), abs(height)  # negative: upside down
-        if kind == "webp":
-            return _webp_dimensions(data)
-        if kind == "tiff":
-            tags = _ifd(data)
-            return tags[0x0100], tags[0x0101]
+            return _jpeg(data)
+        size = SIZES[kind](data) if kind else None
     except (ValueError, KeyError, struct.error):
         return None
-    return None
+    return Header(kind, *size) if kind and size else None
 
 
-def _jpeg_dimensions(data: bytes) -> tuple[int, int] | None:
-    """simplejpeg has no name for unusual sampling factors or colours, which OpenCV reads: then from the frame's own marker."""
-    with contextlib.suppress(ValueError, KeyError):
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-        return width, height
-    frame = next((at for code, at in _jpeg_markers(data) if code in FRAMES), None)
-    if frame is None:
-        return None
-    height, width = struct.unpack(">HH", data[frame + 5 : frame + 9])
-    return width, height
+def _jpeg(data: bytes) -> Header:
+    """By the markers up to the first scan. Raises ValueError where no frame stands before it, struct.error where that is cut off.
+
+    A decoder stops after a scan that holds all components of a frame that is not progressive (ITU T.81, B.2.3).
+    """
+    frames, scan = [], len(data)
+    for code, at in _jpeg_markers(data):
+        if code in FRAMES:
+            frames.append((code, at))
+        elif code == SCAN:
+            scan = at
+    if not frames:
+        raise ValueError("no frame")
+    code, at = frames[0]
+    height, width, channels = struct.unpack_from(">HHB", data, at + 5)
+    one_scan = len(frames) == 1 and code in SEQUENTIAL and data[scan + 4 : scan + 5] == bytes([channels])
+    return Header("jpeg", width, height, channels, one_scan, _orientation(data, scan))
 
 
 def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
@@ -83,19 +89,39 @@ def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
 
 
-def has_one_scan(data: bytes) -> bool:
-    """Whether a decoder stops after the first scan: it holds all components of a frame that is not progressive (B.2.3)."""
-    frames, components = [], 0
-    for code, at in _jpeg_markers(data):
-        if code in FRAMES:
-            frames.append(code)
-            components = data[at + 9] if at + 9 < len(data) else 0
-        elif code == SCAN:
-            return frames in ([0xC0], [0xC1]) and data[at + 4 : at + 5] == bytes([components])
-    return False
+def _orientation(data: bytes, scan: int) -> int:
+    """Of the EXIF block before the first scan, which is most of the file."""
+    start = data.find(b"Exif\x00\x00", 0, min(scan, 65_536))
+    if start < 0:
+        return 1
+    try:
+        orientation = _ifd(data[start + 6 : start + 65_536]).get(0x0112, 1)
+    except (struct.error, ValueError):
+        return 1
+    return orientation if 1 <= orientation <= 8 else 1
 
 
-def _webp_dimensions(data: bytes) -> tuple[int, int] | None:
+def _png(data: bytes) -> tuple[int, int]:
+    return struct.unpack_from(">II", data, 16)
+
+
+def _gif(data: bytes) -> tuple[int, int]:
+    return struct.unpack_from("<HH", data, 6)
+
+
+def _bmp(data: bytes) -> tuple[int, int]:
+    if data[14:18] == b"\x0c\0\0\0":  # the header of OS/2, whose sides are 16 bits long
+        return struct.unpack_from("<HH", data, 18)
+    width, height = struct.unpack_from("<ii", data, 18)
+    return abs(width), abs(height)  # negative: upside down
+
+
+def _tiff(data: bytes) -> tuple[int, int]:
+    tags = _ifd(data)
+    return tags[0x0100], tags[0x0101]
+
+
+def _webp(data: bytes) -> tuple[int, int] | None:
     """RFC 9649: the lossy, lossless and extended form keep the canvas in three different ways."""
     form = data[12:16]
     if form == b"VP8X":
@@ -107,19 +133,6 @@ def _webp_dimensions(data: bytes) -> tuple[int, int] | None:
         (bits,) = struct.unpack("<I", data[21:25])
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     return None
-
-
-def exif_orientation(data: bytes) -> int:
-    """1 to 8; 1 where no EXIF block says otherwise. Looked for before the first scan, which is most of the file."""
-    scan = next((at for code, at in _jpeg_markers(data) if code == SCAN), len(data))
-    start = data.find(b"Exif\x00\x00", 0, min(scan, 65_536))
-    if start < 0:
-        return 1
-    try:
-        orientation = _ifd(data[start + 6 : start + 65_536]).get(0x0112, 1)
-    except (struct.error, ValueError):
-        return 1
-    return orientation if 1 <= orientation <= 8 else 1
 
 
 def _ifd(tiff: bytes) -> dict[int, int]:
@@ -140,3 +153,12 @@ def _ifd(tiff: bytes) -> dict[int, int]:
             (found[tag],) = struct.unpack_from(order + ("H" if kind == 3 else "I"), tiff, at + 8)
         seen.add(tag)
     return found
+
+
+SIZES: dict[str, Callable[[bytes], tuple[int, int] | None]] = {
+    "png": _png,
+    "gif": _gif,
+    "bmp": _bmp,
+    "webp": _webp,
+    "tiff": _tiff,
+}

@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from services.headers import dimensions, exif_orientation, has_one_scan, sniff
+from services.headers import Header, header, sniff
 
 Pixels = NDArray[np.uint8]
 
@@ -49,9 +49,9 @@ def pixels(data: bytes, size: int, max_pixels: int = MAX_PIXELS, into: Pixels | 
 
     into: where to write it, a new array by default.
     """
-    kind, _ = _announced(data, max_pixels)
-    image = _decode_jpeg(data, size, size, False, SCRATCH.memory) if kind == "jpeg" else None
-    return resize(image if image is not None else _decode_any(data, kind), size, into)
+    told = _announced(data, max_pixels)
+    image = _decode_jpeg(data, told, size, size, False, SCRATCH.memory) if told.kind == "jpeg" else None
+    return resize(image if image is not None else _decode_any(data, told.kind), size, into)
 
 
 def resize(image: Pixels, size: int, into: Pixels | None = None) -> Pixels:
@@ -74,61 +74,65 @@ def decode(
     many times smaller, which costs less than the whole (libjpeg-turbo has SIMD for these four). fast: the colour of a JPEG, which
     is kept at half the size, is repeated instead of interpolated. Raises PictureError.
     """
-    kind, (width, height) = _announced(data, max_pixels)
-    least = (-(-height // shrink), -(-width // shrink)) if shrink > 1 else (min_side or 0, min_side or 0)
-    image = _decode_jpeg(data, *least, fast) if kind == "jpeg" else None
-    return image if image is not None else _decode_any(data, kind)
+    told = _announced(data, max_pixels)
+    least = (-(-told.height // shrink), -(-told.width // shrink)) if shrink > 1 else (min_side or 0, min_side or 0)
+    image = _decode_jpeg(data, told, *least, fast) if told.kind == "jpeg" else None
+    return image if image is not None else _decode_any(data, told.kind)
 
 
 def upright_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) that `decode` gives to the whole picture, from its header. Raises PictureError."""
-    kind, (width, height) = _announced(data, max_pixels)
-    turned = kind == "jpeg" and exif_orientation(data) >= 5
-    return (width, height) if turned else (height, width)
+    told = _announced(data, max_pixels)
+    return (told.width, told.height) if told.orientation >= 5 else (told.height, told.width)
 
 
-def _announced(data: bytes, max_pixels: int) -> tuple[str, tuple[int, int]]:
-    """The kind and (width, height) that the header tells. Raises PictureError where that is not to be unpacked."""
+def _announced(data: bytes, max_pixels: int) -> Header:
+    """Raises PictureError for what is not to be unpacked."""
     kind = sniff(data)
     if kind is None:
         raise PictureError(
             f"not a picture: {len(data)} bytes that begin with {data[:8]!r}. Send JPEG, PNG, WebP, GIF, BMP or TIFF."
         )
-    size = dimensions(data)
-    if size is None:  # what cannot be held against the limit is not unpacked
+    told = header(data)
+    if told is None:  # what cannot be held against the limit is not unpacked
         raise PictureError(f"a {kind} of {len(data)} bytes whose header does not tell its size.")
-    if size[0] * size[1] > max_pixels:
-        raise PictureError(f"a {kind} of {size[0]} × {size[1]} pixels; at most {max_pixels:,} pixels are read.")
-    if kind == "jpeg" and not has_one_scan(data) and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+    if told.width * told.height > max_pixels:
+        raise PictureError(f"a {kind} of {told.width} × {told.height} pixels; at most {max_pixels:,} pixels are read.")
+    if not told.one_scan and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise PictureError(f"a jpeg of {scans} scans; at most {MAX_SCANS} are read.")
-    return kind, size
+    return told
 
 
 def _decode_jpeg(
-    data: bytes, min_height: int, min_width: int, fast: bool, scratch: Pixels | None = None
+    data: bytes, told: Header, min_height: int, min_width: int, fast: bool, scratch: Pixels | None = None
 ) -> Pixels | None:
     """None where libjpeg-turbo refuses what OpenCV may still read. The least sides are of the file, before EXIF turns it.
 
     scratch: memory that the picture may come back in, if it is large enough.
     """
     sides = {"min_height": min_height, "min_width": min_width}
+    colours = "RGB"
+    if told.channels == 4:  # at its full size: RGB is a product of two inks, and the product of means is another
+        colours, sides = "CMYK", {}
+
+    def size() -> int:  # asked only where it matters: each call gives the interpreter up, and waits for it
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data, **sides, strict=False)
+        return height * width * len(colours)
+
+    read = partial(simplejpeg.decode_jpeg, data, colours, fastupsample=fast, **sides)
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, **sides, strict=False)
-        colours = "CMYK" if colorspace in ("CMYK", "YCCK") else "RGB"
-        if colours == "CMYK":  # at its full size: RGB is a product of two inks, and the product of means is another
-            sides = dict.fromkeys(sides, 0)
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-        read = partial(simplejpeg.decode_jpeg, data, colours, fastupsample=fast, **sides)
-        size = height * width * len(colours)
+        fits = scratch is not None and (
+            told.width * told.height * len(colours) <= len(scratch) or size() <= len(scratch)
+        )
         try:
-            image = read(buffer=scratch if scratch is not None and size <= len(scratch) else None)
+            image = read(buffer=scratch if fits else None)
         except ValueError:
-            image = _damaged(read, size)
+            image = _damaged(read, size())
     except (ValueError, KeyError):  # KeyError: a colour space that simplejpeg has no name for
         return None
     if image is None:
         return None
-    return _upright(_in_strips(image, _rgb_of_cmyk) if colours == "CMYK" else image, exif_orientation(data))
+    return _upright(_in_strips(image, _rgb_of_cmyk) if colours == "CMYK" else image, told.orientation)
 
 
 def _damaged(read: Callable[..., Pixels], size: int) -> Pixels | None:

@@ -25,7 +25,7 @@ from services.preprocess import (
     STRIP_BYTES,
     PictureError,
     decode,
-    dimensions,
+    header,
     pixels,
     sniff,
     upright_size,
@@ -57,7 +57,9 @@ def test_every_kind_decodes_to_the_same_rgb(kind: str) -> None:
     assert image.shape == (48, 64, 3)
     assert close(image, np.asarray(gradient()), 6)
     assert sniff(data) == kind
-    assert kind == "tiff" or dimensions(data) == (64, 48)
+    told = header(data)
+    assert told is not None
+    assert (told.kind, told.width, told.height) == (kind, 64, 48)
 
 
 def test_pixels_are_a_square_of_uint8() -> None:
@@ -134,9 +136,9 @@ def test_a_bomb_whose_header_is_unusual_is_refused_too(kind: str, unusual: str) 
         second = entry + 12
         small = small[:second] + small[entry : entry + 8] + struct.pack("<I", 1) + small[second + 12 :]
         small = small[: second + 12] + struct.pack("<HHII", 0x101, 4, 1, 200) + small[second + 24 :]
-    size = dimensions(small)
-    assert size is not None
-    assert size[0] == 300
+    told = header(small)
+    assert told is not None
+    assert told.width == 300
     with pytest.raises(PictureError, match=r"at most 50,000 pixels"):
         decode(small, max_pixels=50_000)
 
@@ -166,6 +168,28 @@ def test_damaged_pictures_never_crash(kind: str, data: st.DataObject) -> None:
     cut = bytes(whole[: data.draw(st.integers(0, len(whole)))])
     with contextlib.suppress(PictureError):
         assert pixels(cut, 16).shape == (16, 16, 3)
+
+
+SEGMENTS = st.sampled_from(
+    [b"", b"\xff", b"\x00\x00", b"\x00\x01", b"\x00\x03\x07", b"\x00\x0b\x08\x00\x09\x00\x09\x01\x01\x11\x00"]
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from(["RGB", "L", "CMYK"]), st.booleans(), st.data())
+def test_a_header_tells_what_libjpeg_reads(colours: str, progressive: bool, data: st.DataObject) -> None:
+    """Before a picture is unpacked its size is held against the limit: another size than the decoder's would be none."""
+    made = saved(gradient().convert(colours), "jpeg", progressive=progressive)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at, code = data.draw(st.integers(3, made.index(b"\xff\xda") + 4)), data.draw(st.integers(0, 255))
+        made = made[:at] + b"\xff" + bytes([code]) + data.draw(SEGMENTS) + made[at + data.draw(st.integers(0, 3)) :]
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(made, strict=False)
+    except (ValueError, KeyError):
+        return
+    told = header(made)
+    assert told is not None
+    assert (told.width, told.height, told.channels == 4) == (width, height, space in ("CMYK", "YCCK"))
 
 
 def test_decoding_a_small_jpeg_for_a_small_size_keeps_enough_pixels(picture: Callable[..., bytes]) -> None:
