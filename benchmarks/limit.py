@@ -1,52 +1,97 @@
 """The most that this machine can do with an export, without any HTTP: one thread per core decodes a picture and runs the network.
 
-python -m benchmarks.limit EXPORT PICTURE SECONDS     → {"rate": pictures per second, "p50_ms": of one thread alone,
-                                                        "cpu_s": processor time of a picture with all threads}
+A process of its own, as the service is one, that waits between two measurements: they may then be as short and as many as it
+takes on a machine whose speed changes from second to second.
 """
 
 import json
 import os
 import statistics
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from services import preprocess
 from services.inference.engine import Session
 
 
+class Limit:
+    """The process, asked line by line."""
+
+    def __init__(self, child: "subprocess.Popen[str]") -> None:
+        assert child.stdin
+        assert child.stdout
+        self._asked, self._answers = child.stdin, child.stdout
+
+    def alone(self, seconds: float) -> dict[str, float]:
+        """{"p50_ms": what a picture takes while one thread works}."""
+        return self._ask("alone", seconds)
+
+    def together(self, seconds: float) -> dict[str, float]:
+        """{"rate": pictures per second of all threads, "cpu_s": processor time of a picture}."""
+        return self._ask("together", seconds)
+
+    def _ask(self, what: str, seconds: float) -> dict[str, float]:
+        self._asked.write(f"{what} {seconds}\n")
+        self._asked.flush()
+        return json.loads(self._answers.readline())
+
+
+@contextmanager
+def limit(export: Path, picture: Path) -> Iterator[Limit]:
+    """Both files are read at once. Raises ValueError (no JSON) where the process ended meanwhile; why stands on stderr."""
+    command = [sys.executable, "-m", "benchmarks.limit", str(export), str(picture)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        yield Limit(child)
+        child.communicate()  # the end of its input ends it
+
+
+class Worker:
+    def __init__(self, data: bytes, picture: bytes) -> None:
+        self.session, self.picture = Session(data), picture
+        self.size = self.session.card.resolution
+        for _ in range(10):
+            self.answer()
+
+    def answer(self) -> None:
+        self.session.run(preprocess.pixels(self.picture, self.size)[None])
+
+    def alone(self, seconds: float) -> dict[str, float]:
+        took, end = [], time.perf_counter() + seconds
+        while (began := time.perf_counter()) < end:
+            self.answer()
+            took.append(time.perf_counter() - began)
+        return {"p50_ms": statistics.median(took) * 1000}
+
+    def together(self, seconds: float) -> dict[str, float]:
+        counts = [0] * (os.cpu_count() or 1)
+        began, used_s = time.perf_counter(), time.process_time()
+        end = began + seconds
+
+        def work(number: int) -> None:
+            while time.perf_counter() < end:
+                self.answer()
+                counts[number] += 1
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(len(counts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        took_s, used_s = time.perf_counter() - began, time.process_time() - used_s
+        return {"rate": sum(counts) / took_s, "cpu_s": used_s / sum(counts)}
+
+
 def main() -> None:
-    data, picture, seconds = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]).read_bytes(), float(sys.argv[3])
-    session = Session(data)
-    size = session.card.resolution
-
-    def answer() -> None:
-        session.run(preprocess.pixels(picture, size)[None])
-
-    for _ in range(10):
-        answer()
-    took = []
-    end = time.perf_counter() + seconds / 3
-    while (began := time.perf_counter()) < end:
-        answer()
-        took.append(time.perf_counter() - began)
-    counts = [0] * (os.cpu_count() or 1)
-    began, used_s = time.perf_counter(), time.process_time()
-    end = began + seconds
-
-    def work(number: int) -> None:
-        while time.perf_counter() < end:
-            answer()
-            counts[number] += 1
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(counts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    rate, used_s = sum(counts) / (time.perf_counter() - began), time.process_time() - used_s
-    print(json.dumps({"rate": rate, "p50_ms": statistics.median(took) * 1000, "cpu_s": used_s / sum(counts)}))
+    worker = Worker(Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]).read_bytes())
+    measures = {"alone": worker.alone, "together": worker.together}
+    for line in sys.stdin:
+        what, seconds = line.split()
+        print(json.dumps(measures[what](float(seconds))), flush=True)
 
 
 if __name__ == "__main__":

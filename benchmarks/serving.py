@@ -1,12 +1,13 @@
 """Speed of the service as a share of what the machine can do without any HTTP, all features on: keys, quotas, log, metrics.
 
     make bench-serving            LitServe, MLServer and `mlflow models serve` beside it, each in an environment of its own
-    python -m benchmarks.serving  the service alone; --seconds 1 --rounds 1 for a quick look
+    python -m benchmarks.serving  the service alone; --rounds 1 for a quick look
 
 A real process, a body of 40 kB of JPEG, a network of half a GFLOP (this project's own, R14x0.5 at 176 pixels) and a trivial one
 that takes 224 pixels and averages them. In every round each server is measured between two measurements of the limit
-(benchmarks/limit.py), so that a machine that slows down slows both; a figure is the median over the rounds. The load's
-generator (wrk) takes its share of the same cores: about 20 µs a request.
+(benchmarks/limit.py), so that a machine that slows down slows both, and for one second, so that many rounds fit into little
+time; a figure is the median over the rounds, with the quartiles of the ratios beside it. The load's generator (wrk) takes its
+share of the same cores: about 20 µs a request.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import onnxruntime as ort
 import torch
 
 from benchmarks import machine, wrk
+from benchmarks.limit import limit
 from benchmarks.peers import PEERS, Peer
 from benchmarks.wrk import Request
 from services import preprocess
@@ -140,11 +142,6 @@ def theirs(peer: Peer, folder: Path, data: bytes, body: bytes) -> Iterator[Serve
         child.wait()
 
 
-def limit(export_file: Path, picture_file: Path, seconds: float) -> Figures:
-    command = [sys.executable, "-m", "benchmarks.limit", str(export_file), str(picture_file), str(seconds)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 def private_mb(pid: int) -> int:
     """Memory that ends with the process: what several share (libraries) counts once per machine, not here."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
@@ -167,29 +164,39 @@ def measure(server: Server, files: tuple[Path, Path], rounds: int, seconds: int)
     by_cpu: the same ratios, of the processor time that a picture takes: whatever else the machine does, it hardly moves.
     """
     url, request, process, figures = server
-    by_cpu: dict[int, list[float]] = {number: [] for number in CONNECTIONS}
     ratios: dict[int, list[float]] = {number: [] for number in CONNECTIONS}
-    extra_ms = []
-    wrk.load(url, request, max(CONNECTIONS), 1)  # warms up
-    before = limit(*files, seconds)
-    for _ in range(rounds):
-        for number in CONNECTIONS:
-            used_s = session_s(process)
-            result = wrk.load(url, request, number, seconds)
-            used_s = session_s(process) - used_s + result["cpu_s"]
-            after = limit(*files, seconds)
-            by_cpu[number].append((before["cpu_s"] + after["cpu_s"]) / 2 / (used_s / result["requests"]))
-            ratios[number].append(result["rate"] * 2 / (before["rate"] + after["rate"]))
-            if number == 1:
-                extra_ms.append(result["p50_ms"] - (before["p50_ms"] + after["p50_ms"]) / 2)
-            before = after
-    medians = {str(number): round(statistics.median(values), 3) for number, values in ratios.items()}
+    by_cpu: dict[int, list[float]] = {number: [] for number in CONNECTIONS}
+    extra_ms, rates = [], []
+    with limit(*files) as most:
+        wrk.load(url, request, max(CONNECTIONS), 1)  # warms up
+        for _ in range(rounds):
+            before = most.together(seconds)
+            for number in CONNECTIONS:
+                used_s = session_s(process)
+                result = wrk.load(url, request, number, seconds)
+                used_s = session_s(process) - used_s + result["cpu_s"]
+                after = most.together(seconds)
+                by_cpu[number].append((before["cpu_s"] + after["cpu_s"]) / 2 / (used_s / result["requests"]))
+                ratios[number].append(result["rate"] * 2 / (before["rate"] + after["rate"]))
+                rates.append(after["rate"])
+                before = after
+            alone_ms = most.alone(seconds / 2)["p50_ms"]
+            extra_ms.append(
+                wrk.load(url, request, 1, seconds)["p50_ms"] - (alone_ms + most.alone(seconds / 2)["p50_ms"]) / 2
+            )
     return figures | {
-        "ratios": medians,
-        "by_cpu": {str(number): round(statistics.median(values), 3) for number, values in by_cpu.items()},
+        "ratios": medians(ratios),
+        "quartiles": {
+            str(number): np.percentile(of_number, [25, 75]).round(3).tolist() for number, of_number in ratios.items()
+        },
+        "by_cpu": medians(by_cpu),
         "extra_ms": round(statistics.median(extra_ms), 2),
-        "limit_per_s": round(before["rate"]),
+        "limit_per_s": round(statistics.median(rates)),
     }
+
+
+def medians(values: dict[int, list[float]]) -> dict[str, float]:
+    return {str(number): round(statistics.median(of_number), 3) for number, of_number in values.items()}
 
 
 def short_of(network: str, told: Figures) -> Iterator[str]:
@@ -213,8 +220,8 @@ def import_s() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=2, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=int, default=1, help="of each measurement")
     parser.add_argument("--only", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="networks to serve")
     arguments = parser.parse_args()
     described, figures = machine.describe("onnxruntime", "uvicorn", "numpy"), {"import_s": round(import_s(), 3)}
