@@ -43,7 +43,7 @@ test: lint
 test-load: .venv/.stamp-dev
 	pytest -m heavy tests/services
 
-# The service beside other servers, each in an environment of its own (10 minutes; needs the machine for itself).
+# The service beside other servers, each in an environment of its own (25 minutes; needs the machine for itself).
 bench-serving: .venv/.stamp-dev .peers/litserve/.stamp .peers/mlserver/.stamp
 	python -m benchmarks.serving --peers
 
