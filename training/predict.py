@@ -74,13 +74,15 @@ def main(
         stem, suffix = os.path.splitext(out)
         out = f"{stem}-{index:05d}-of-{slices:05d}{suffix}"
     session = replay.load(export.data, f"version {export.version} of {tenant}")
-    plan = {
+    parts = Parts(out, plan_of(export, source, found, top))
+    about = {
+        "tenant": tenant,
+        "version": export.version,
         "sha256": export.sha256,
         "top": top,
         "pictures": hashlib.sha256("\n".join(found.names).encode()).hexdigest(),
+        "all_classes": session.card.classes,
     }
-    parts = Parts(out, plan)
-    about = {"tenant": tenant, "version": export.version, **plan, "all_classes": session.card.classes}
     batches = [list(range(i, min(i + BATCH, len(found)))) for i in range(0, len(found), BATCH)]
     done = parts.count
     began, fresh = time.monotonic(), 0
@@ -98,6 +100,12 @@ def main(
                     flush=True,
                 )
     return parts.join(about)
+
+
+def plan_of(export: Export, source: str, found: Pictures, top: int) -> dict[str, Any]:
+    """What must be the same for a run to go on where another ended."""
+    pictures = {"source": sources.whole_name(source), "pictures": found.fingerprint()}
+    return {"sha256": export.sha256, "top": top, **pictures}
 
 
 def find_export(config: Config, tenant: str, version: int | None, alias: str, out: str = "", run: str = "") -> Export:
@@ -141,8 +149,8 @@ class Parts:
         if self.fs.exists(noted):
             if json.loads(self.fs.cat_file(noted)) != plan:
                 raise ConfigError(
-                    f"{out}.parts is from an unfinished run over other pictures or by another version. Delete that folder, "
-                    "or choose another --out."
+                    f"{out}.parts is from an unfinished run over other pictures, or pictures that were changed since, or by "
+                    "another version. Delete that folder, or choose another --out."
                 )
         else:
             if self.fs.exists(self.folder):

@@ -1,5 +1,6 @@
 """Batch answers: every source, the same answers as the export gives, kills, damaged pictures, slices."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 
 from tests import s3
 from tests.conftest import encode
@@ -201,3 +203,70 @@ def test_slices_that_start_at_once_agree_on_a_version(
 def test_an_export_that_is_damaged_is_not_asked(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="golden answers are off"):
         predict.main("lamps", predict.Export(export(golden_off=0.2), "3"), str(folder), f"{tmp_path}/a.parquet", 1, 1)
+
+
+def draw(folder: Path, brightness: int, count: int = 3) -> str:
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        (folder / f"{number}.png").write_bytes(encode(np.full((20, 20, 3), brightness, np.uint8)))
+    return str(folder)
+
+
+def leave(source: str, out: str) -> None:
+    """What a run leaves that was killed when its first part, of 2,048 pictures, was finished."""
+    plan = predict.plan_of(predict.Export(export(), "1"), source, pictures.find(source), 1)
+    predict.Parts(out, plan).add([{"picture": "0.png", "class": "of the first run"}])
+
+
+def test_an_unfinished_run_is_not_continued_over_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lamps, out = predict.Export(export(), "1"), str(tmp_path / "answers.parquet")
+    dark, bright = draw(tmp_path / "dark", 10), draw(tmp_path / "bright", 240)
+    for path in Path(bright).iterdir():  # nothing but the folder's name tells them apart
+        shutil.copystat(path, Path(dark, path.name))
+    leave(dark, out)
+    with pytest.raises(ConfigError, match=r"unfinished run over other pictures[\s\S]*Delete that folder"):
+        predict.main("lamps", lamps, bright, out, 1, 1)
+    monkeypatch.chdir(tmp_path)
+    predict.main("lamps", lamps, "dark/", out, 1, 1)
+    assert answered(Path(out))["0.png"]["class"] == "of the first run", "the same folder, named from elsewhere"
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "s3"])
+def test_an_unfinished_run_is_not_continued_over_pictures_that_were_replaced(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    lamps, out = predict.Export(export(), "1"), str(tmp_path / "answers.parquet")
+    source = folder = draw(tmp_path / "pictures", 10)
+    if kind == "table":
+        source = str(tmp_path / "list.csv")
+        Path(source).write_text("path\npictures/0.png\npictures/1.png\n")
+    elif kind == "s3":
+        source = f"{request.getfixturevalue('bucket')}/pictures"
+
+    def deliver() -> None:
+        """The pictures as they are now; each run is a process that has listed nothing yet."""
+        s3fs.S3FileSystem.clear_instance_cache()
+        if kind == "s3":
+            for path in Path(folder).iterdir():
+                s3fs.S3FileSystem().pipe_file(f"{source}/{path.name}", path.read_bytes())
+            s3fs.S3FileSystem.clear_instance_cache()
+
+    deliver()
+    leave(source, out)
+    draw(Path(folder), 11)
+    deliver()
+    with pytest.raises(ConfigError, match="changed since"):
+        predict.main("lamps", lamps, source, out, 1, 1)
+    shutil.rmtree(f"{out}.parts")
+    leave(source, out)
+    deliver()  # to a store: the same bytes once more
+    predict.main("lamps", lamps, source, out, 1, 1)
+    assert answered(Path(out))["0.png"]["class"] == "of the first run"
+
+
+def test_shards_are_known_by_their_index(dataset: Dataset) -> None:
+    packed = pictures.find(dataset.url)
+    assert packed.cut(1, 3).mark(0) == dataset.fingerprint
+    assert packed.fingerprint() != pictures.Pictures(packed.names, packed.read).fingerprint()

@@ -4,11 +4,14 @@ Each source is a list of names and a way to read the i-th; names are sorted, so 
 """
 
 import csv
+import hashlib
 import io
+import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
@@ -21,10 +24,14 @@ KINDS = "Give a folder of pictures, a picture, a .csv with the column `path`, pa
 
 @dataclass(frozen=True)
 class Pictures:
-    """read: index → the encoded picture's bytes, from any thread; raises OSError where it cannot be had."""
+    """read: index → the encoded picture's bytes, from any thread; raises OSError where it cannot be had.
+
+    mark: index → what is known, without reading it, of the picture's content: it changes with the picture. May be empty.
+    """
 
     names: Sequence[str]
     read: Callable[[int], bytes]
+    mark: Callable[[int], str] = lambda i: ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -32,7 +39,14 @@ class Pictures:
     def cut(self, index: int, slices: int) -> "Pictures":
         """Slice `index` of `slices`: consecutive pictures, sizes that differ by one at most, every picture in one slice."""
         start, end = (len(self) * i // slices for i in (index, index + 1))
-        return Pictures(self.names[start:end], lambda i: self.read(start + i))
+        return Pictures(self.names[start:end], lambda i: self.read(start + i), lambda i: self.mark(start + i))
+
+    def fingerprint(self) -> str:
+        """Stands for the names, their order and all marks."""
+        digest = hashlib.sha256()
+        for i, name in enumerate(self.names):
+            digest.update(f"{name}\0{self.mark(i)}\n".encode())
+        return digest.hexdigest()
 
 
 def find(source: str) -> Pictures:
@@ -56,12 +70,20 @@ def find(source: str) -> Pictures:
     return found
 
 
+def whole_name(source: str) -> str:
+    """The source as it was given; on this machine's disk its path without links, from wherever it was named."""
+    fs, root = fsspec.core.url_to_fs(source)
+    return os.path.realpath(root) if "file" in fs.protocol else source.rstrip("/")
+
+
 def _folder(fs: fsspec.AbstractFileSystem, root: str) -> Pictures:
-    paths = sorted(path for path in fs.find(root) if posixpath.splitext(path)[1].lower() in SUFFIXES)
+    local = "file" in fs.protocol
+    listed = {path: "" if local else _listed(about) for path, about in fs.find(root, detail=True).items()}
+    paths = sorted(path for path in listed if posixpath.splitext(path)[1].lower() in SUFFIXES)
     names = [path.removeprefix(root.rstrip("/") + "/") for path in paths]
-    if "file" in fs.protocol:  # fsspec's own way to a local file takes three times as long
-        return Pictures(names, lambda i: Path(paths[i]).read_bytes())
-    return Pictures(names, lambda i: fs.cat_file(paths[i]))
+    if local:  # fsspec's own way to a local file takes three times as long
+        return Pictures(names, lambda i: Path(paths[i]).read_bytes(), lambda i: _touched(paths[i]))
+    return Pictures(names, lambda i: fs.cat_file(paths[i]), lambda i: listed[paths[i]])
 
 
 def _table(source: str, data: bytes) -> Pictures:
@@ -77,7 +99,7 @@ def _table(source: str, data: bytes) -> Pictures:
         with fsspec.open(places[i], "rb") as file:
             return file.read()
 
-    return Pictures(names, read)
+    return Pictures(names, read, lambda i: _touched(places[i].removeprefix("file://")))
 
 
 def _shards(source: str) -> Pictures:
@@ -85,4 +107,18 @@ def _shards(source: str) -> Pictures:
     splits = [data.split(name) for name in data.splits]
     places = [(split, i) for split in splits for i in range(len(split))]
     names = [f"{split.name}/{split.keys[i]}" for split, i in places]
-    return Pictures(names, lambda number: places[number][0].read(places[number][1]))
+    return Pictures(names, lambda number: places[number][0].read(places[number][1]), lambda number: data.fingerprint)
+
+
+def _touched(path: str) -> str:
+    """Size and time of the last change of a file on this machine; nothing for all else."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _listed(about: Mapping[str, Any]) -> str:
+    """What a store's listing says of the content: not all tell everything, and a web server's page of links nothing."""
+    return " ".join(str(about[key]) for key in ("size", "ETag", "etag", "mtime") if about.get(key) is not None)
