@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 MAX_MARKERS = 10_000  # before a JPEG's first scan; a camera writes dozens, an attacker one in every two bytes
-FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # markers SOFn of a JPEG
-SEQUENTIAL = frozenset({0xC0, 0xC1})
+FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # markers SOFn of a JPEG (ITU T.81, table B.1)
+SEQUENTIAL = frozenset({0xC0, 0xC1})  # baseline and extended, by Huffman's codes
+LOSSLESS = frozenset({0xC3, 0xC7, 0xCB, 0xCF})
 SCAN = 0xDA  # marker SOS
 SIGNATURES = {
     b"\xff\xd8\xff": "jpeg",
@@ -26,8 +27,10 @@ def sniff(data: bytes) -> str | None:
 
 
 class Header(NamedTuple):
-    """width, height: before EXIF turns the picture. The rest is a JPEG's: channels: components of its frame; one_scan: whether a
-    decoder stops after the first scan; orientation: 1 to 8 (EXIF 2.32, tag 0x0112), 1 where nothing says otherwise.
+    """What a picture says of itself before EXIF turns it. All but kind, width and height are told of JPEGs only.
+
+    channels: components of the frame, 4 for inks. one_scan: a decoder stops after the first. lossless: not made by a DCT, which
+    is what decoders shrink by. orientation: 1 to 8 (EXIF 2.32, tag 0x0112), 1 where nothing says otherwise.
     """
 
     kind: str
@@ -35,6 +38,7 @@ class Header(NamedTuple):
     height: int
     channels: int = 3
     one_scan: bool = True
+    lossless: bool = False
     orientation: int = 1
 
 
@@ -66,7 +70,8 @@ def _jpeg(data: bytes) -> Header:
     code, at = frames[0]
     height, width, channels = struct.unpack_from(">HHB", data, at + 5)
     one_scan = len(frames) == 1 and code in SEQUENTIAL and data[scan + 4 : scan + 5] == bytes([channels])
-    return Header("jpeg", width, height, channels, one_scan, _orientation(data, scan))
+    lossless = any(code in LOSSLESS for code, _ in frames)
+    return Header("jpeg", width, height, channels, one_scan, lossless, _orientation(data, scan))
 
 
 def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
@@ -90,7 +95,7 @@ def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _orientation(data: bytes, scan: int) -> int:
-    """Of the EXIF block before the first scan, which is most of the file."""
+    """By the first EXIF block within 64 kB and before the scan: the scan is most of the file, and EXIF never that large."""
     start = data.find(b"Exif\x00\x00", 0, min(scan, 65_536))
     if start < 0:
         return 1

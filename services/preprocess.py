@@ -87,7 +87,7 @@ def upright_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 def _announced(data: bytes, max_pixels: int) -> Header:
-    """Raises PictureError for what is not to be unpacked."""
+    """What the header tells. Raises PictureError for what is not to be unpacked."""
     kind = sniff(data)
     if kind is None:
         raise PictureError(
@@ -110,29 +110,37 @@ def _decode_jpeg(
 
     scratch: memory that the picture may come back in, if it is large enough.
     """
-    sides = {"min_height": min_height, "min_width": min_width}
-    colours = "RGB"
+    if told.lossless:  # libjpeg-turbo writes these whole, past the end of memory of the reduced size
+        return None
+    sides, colours = {"min_height": min_height, "min_width": min_width}, "RGB"
     if told.channels == 4:  # at its full size: RGB is a product of two inks, and the product of means is another
-        colours, sides = "CMYK", {}
-
-    def size() -> int:  # asked only where it matters: each call gives the interpreter up, and waits for it
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data, **sides, strict=False)
-        return height * width * len(colours)
-
+        sides, colours = {"min_height": 0, "min_width": 0}, "CMYK"
+    height, width = _scaled(told, **sides)
+    size = height * width * len(colours)
     read = partial(simplejpeg.decode_jpeg, data, colours, fastupsample=fast, **sides)
     try:
-        fits = scratch is not None and (
-            told.width * told.height * len(colours) <= len(scratch) or size() <= len(scratch)
-        )
         try:
-            image = read(buffer=scratch if fits else None)
+            image = read(buffer=scratch if scratch is not None and size <= len(scratch) else None)
         except ValueError:
-            image = _damaged(read, size())
-    except (ValueError, KeyError):  # KeyError: a colour space that simplejpeg has no name for
+            image = _damaged(read, size)
+    except ValueError:
         return None
     if image is None:
         return None
     return _upright(_in_strips(image, _rgb_of_cmyk) if colours == "CMYK" else image, told.orientation)
+
+
+def _scaled(told: Header, min_height: int, min_width: int) -> tuple[int, int]:
+    """(height, width) that a picture is decoded to: the fewest eighths with no side below its least, all where none is set.
+
+    Reckoned here, for each call of simplejpeg gives the interpreter's lock up and waits to get it back. Where a side is below its
+    least already, simplejpeg may decode to less than this.
+    """
+    for eighths in range(1 if min_height > 0 or min_width > 0 else 8, 8):
+        height, width = -(-told.height * eighths // 8), -(-told.width * eighths // 8)
+        if height >= min_height and width >= min_width:
+            return height, width
+    return told.height, told.width
 
 
 def _damaged(read: Callable[..., Pixels], size: int) -> Pixels | None:

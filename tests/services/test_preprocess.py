@@ -27,6 +27,7 @@ from services.preprocess import (
     decode,
     header,
     pixels,
+    resize,
     sniff,
     upright_size,
 )
@@ -171,17 +172,20 @@ def test_damaged_pictures_never_crash(kind: str, data: st.DataObject) -> None:
 
 
 SEGMENTS = st.sampled_from(
-    [b"", b"\xff", b"\x00\x00", b"\x00\x01", b"\x00\x03\x07", b"\x00\x0b\x08\x00\x09\x00\x09\x01\x01\x11\x00"]
+    [b"", b"\xff", b"\0\0", b"\0\1", b"\0\3\7", b"\0\x0b\x08\0\x09\0\x09\1\1\x11\0"]  # the last one: a frame of 9 × 9
 )
 
 
 @settings(max_examples=500, deadline=None)
 @given(st.sampled_from(["RGB", "L", "CMYK"]), st.booleans(), st.data())
 def test_a_header_tells_what_libjpeg_reads(colours: str, progressive: bool, data: st.DataObject) -> None:
-    """Before a picture is unpacked its size is held against the limit: another size than the decoder's would be none."""
+    """A picture whose size were told smaller than it is would pass the limit and fill the memory."""
     made = saved(gradient().convert(colours), "jpeg", progressive=progressive)
+    scan = made.index(b"\xff\xda")
+    codes = st.sampled_from(b"\0\1\xff\xc0\xc2\xc4\xd0\xd8\xe1\xfe") | st.integers(0, 255)
+    places = st.sampled_from([n for n in range(3, scan + 1) if made[n] == 0xFF]) | st.integers(3, scan + 4)
     for _ in range(data.draw(st.integers(1, 4))):
-        at, code = data.draw(st.integers(3, made.index(b"\xff\xda") + 4)), data.draw(st.integers(0, 255))
+        at, code = data.draw(places), data.draw(codes)
         made = made[:at] + b"\xff" + bytes([code]) + data.draw(SEGMENTS) + made[at + data.draw(st.integers(0, 3)) :]
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(made, strict=False)
@@ -190,6 +194,60 @@ def test_a_header_tells_what_libjpeg_reads(colours: str, progressive: bool, data
     told = header(made)
     assert told is not None
     assert (told.width, told.height, told.channels == 4) == (width, height, space in ("CMYK", "YCCK"))
+
+
+def segment(code: int, data: bytes) -> bytes:
+    return bytes([0xFF, code]) + struct.pack(">H", len(data) + 2) + data
+
+
+def lossless(width: int, height: int) -> bytes:
+    """A gray area in three colours, each difference to the pixel before coded as 0 (ITU T.81, annex H)."""
+    frame = struct.pack(">BHHB", 8, height, width, 3) + b"".join(bytes([n, 0x11, 0]) for n in (1, 2, 3))
+    codes = bytes([0, 0, 0, 0, 12, *[0] * 12, *range(12)])
+    first = bytes([3, 1, 0, 2, 0, 3, 0, 1, 0, 0])
+    body = segment(0xC3, frame) + segment(0xC4, codes) + segment(0xDA, first) + bytes(-(-width * height * 3 // 2))
+    return b"\xff\xd8" + body + b"\xff\xd9"
+
+
+LOSSLESS = """
+import sys
+from services.preprocess import PictureError, decode, pixels
+data = open(sys.argv[1], "rb").read()
+for picture in (data, data[:600]):
+    for read in (lambda: pixels(picture, 224), lambda: decode(picture, 64), lambda: decode(picture, shrink=4)):
+        try:
+            print(read().mean())
+        except PictureError as error:
+            print(error)
+"""
+
+
+@pytest.mark.parametrize("side", [300, 1300])
+def test_a_lossless_jpeg_stays_within_its_memory(side: int, tmp_path: Path) -> None:
+    """It cannot be decoded at a reduced size; libjpeg-turbo wrote it whole into memory of the reduced one."""
+    (tmp_path / "picture").write_bytes(lossless(side, side))
+    command = [sys.executable, "-c", LOSSLESS, str(tmp_path / "picture")]
+    done = subprocess.run(command, env=os.environ | {"MALLOC_CHECK_": "3"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:3] == ["128.0"] * 3
+
+
+def quarter_high(height: int, width: int) -> bytes:
+    """A JPEG whose colours are kept at a quarter of the height: simplejpeg's reading of the header has no name for that."""
+    data = bytearray(saved(gradient(width, height), "jpeg", subsampling=0))
+    at = data.index(b"\xff\xc0")
+    data[at + 11] = 0x14
+    return bytes(data)
+
+
+@pytest.mark.parametrize("size", [(160, 120), (1600, 1200)], ids=["small", "larger than the memory kept"])
+def test_an_unusual_sampling_decodes_alike_at_every_size(size: tuple[int, int]) -> None:
+    data = quarter_high(*size)
+    with pytest.raises(KeyError):
+        simplejpeg.decode_jpeg_header(data)
+    reduced = decode(data, 64)
+    assert min(reduced.shape[:2]) < min(size)
+    np.testing.assert_array_equal(pixels(data, 64), resize(reduced, 64))
 
 
 def test_decoding_a_small_jpeg_for_a_small_size_keeps_enough_pixels(picture: Callable[..., bytes]) -> None:
