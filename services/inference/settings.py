@@ -49,7 +49,11 @@ class Settings(BaseSettings):
     max_bodies_mb: int = Field(256, ge=1, description="memory for the bodies of all requests at once")
     max_pictures: int = Field(64, ge=1, description="largest number of pictures in one request")
     max_pixels: int = Field(50_000_000, ge=1, description="largest picture that is decoded")
-    max_decode_ms: float = Field(2_000, gt=0, description="time for decoding the pictures of one request")
+    max_decode_ms: float = Field(
+        2_000,
+        gt=0,
+        description="after this time no further picture of a request is decoded (413); max_pixels bounds one alone",
+    )
     header_timeout_s: float = Field(10, gt=0, description="a connection that sends no complete header is closed")
     body_timeout_s: float = Field(20, gt=0, description="a body that takes longer gets 408")
     answer_timeout_s: float = Field(60, gt=0, description="an answer that is not read in this time is cut off")
