@@ -12,7 +12,8 @@ UserError
 ├── BatchError        engine         a batch that cannot be cut into ranks and micro-batches
 ├── BudgetError       engine         a training that failed too often or took too long
 ├── DivergedError     engine         the loss is no longer finite
-├── TrackingError     tracking.py    MLflow does not answer when its answer is needed
+├── TrackingError     tracking.py    MLflow does not answer when its answer is needed, or refuses
+├── OutageError       here           a server or store that does not answer now: status 1, to be tried again
 ├── ParityError       export.py      ONNX Runtime and torch disagree
 ├── ManifestError     cluster        a file in k8s/ that the cluster would refuse or misunderstand
 ├── ClusterError      cluster        the cluster cannot be reached, or refuses
@@ -22,8 +23,72 @@ UserError
 Messages name the value, the choices and what to do next.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Kinds of errors that pass, by name: of the language, requests, botocore and aiohttp, which need not all be installed.
+PASSING = {
+    "ConnectionError",
+    "TimeoutError",
+    "Timeout",
+    "HTTPClientError",
+    "ClientConnectionError",
+    "ClientPayloadError",
+}
+BUSY = {408, 429}  # statuses of HTTP that pass, besides all from 500 on
+
 
 class UserError(ValueError):
     """Something that the person at the keyboard can mend. status: the exit status of `bit`."""
 
     status = 2
+
+
+class OutageError(UserError):
+    """What the same command, started again later, may find mended; pods that end with this status are started again."""
+
+    status = 1
+
+
+@contextmanager
+def outages(what: str) -> Iterator[None]:
+    """Errors of a server or store that does not answer now become OutageError; all others pass as they are."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutageError) or not is_outage(error):
+            raise
+        raise OutageError(
+            f"{what} does not answer: {reason(error)}. Start the same command again when it does."
+        ) from error
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Whether the error, or one that it was made from, says that a server is away, slow or busy."""
+    while error is not None:
+        status = _status(error)
+        if any(kind.__name__ in PASSING for kind in type(error).__mro__) or status in BUSY or 500 <= status < 600:
+            return True
+        error = error.__cause__
+    return False
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, as one line: fsspec calls all that it cannot have not found, and says its name; servers send pages."""
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())[:500] or type(error).__name__
+    return f"not found: {text}" if isinstance(error, FileNotFoundError) and error.errno is None else text
+
+
+def _status(error: BaseException) -> int:
+    """The status of HTTP that an error of aiohttp, gcsfs, requests, botocore or MLflow tells, else 0."""
+    if told := getattr(error, "get_http_status_code", None):  # MLflow
+        return int(told())
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    for holder, name in ((error, "status"), (error, "code"), (response, "status_code")):
+        if isinstance(status := getattr(holder, name, None), int):
+            return status
+    return 0

@@ -36,6 +36,7 @@ from training import replay, tracking
 from training.config import Config, ConfigError
 from training.data import pictures as sources
 from training.data.pictures import Pictures
+from training.errors import is_outage, outages, reason
 
 BATCH = 8
 PART = 256  # batches: so much is done again, at most, after a kill
@@ -74,7 +75,9 @@ def main(
         stem, suffix = os.path.splitext(out)
         out = f"{stem}-{index:05d}-of-{slices:05d}{suffix}"
     session = replay.load(export.data, f"version {export.version} of {tenant}")
-    parts = Parts(out, plan_of(export, source, found, top))
+    plan = plan_of(export, source, found, top)
+    with outages(out):
+        parts = Parts(out, plan)
     about = {
         "tenant": tenant,
         "version": export.version,
@@ -86,7 +89,7 @@ def main(
     batches = [list(range(i, min(i + BATCH, len(found)))) for i in range(0, len(found), BATCH)]
     done = parts.count
     began, fresh = time.monotonic(), 0
-    with Progress(disable=not sys.stderr.isatty()) as bar, ThreadPoolExecutor(workers) as pool:
+    with outages(out), Progress(disable=not sys.stderr.isatty()) as bar, ThreadPoolExecutor(workers) as pool:
         task = bar.add_task(tenant, total=len(found), completed=min(len(found), done * PART * BATCH))
         answered = _in_order(pool, session, found, batches[done * PART :], top, workers)
         while rows := [row for batch in islice(answered, PART) for row in batch]:
@@ -99,7 +102,8 @@ def main(
                     f"{min(len(found), parts.count * PART * BATCH):,} of {len(found):,} · {rate:,.0f} pictures/s",
                     flush=True,
                 )
-    return parts.join(about)
+    with outages(out):
+        return parts.join(about)
 
 
 def plan_of(export: Export, source: str, found: Pictures, top: int) -> dict[str, Any]:
@@ -113,18 +117,21 @@ def find_export(config: Config, tenant: str, version: int | None, alias: str, ou
 
     run: name of a run of several processes that write beside `out`: all get the version that the first of them found.
     """
-    client = tracking.connect(config.tracking_uri)
-    known = {int(found.version): found for found in tracking.versions(client, tenant)}
-    found = known.get(version) if version is not None else tracking.version_at(client, tenant, alias)
+    with tracking.asked(config.tracking_uri):
+        client = tracking.connect(config.tracking_uri)
+        known = {int(found.version): found for found in tracking.versions(client, tenant)}
+        found = known.get(version) if version is not None else tracking.version_at(client, tenant, alias)
     if found is not None and version is None and run:
-        found = known.get(int(pin(out, run, str(found.version))))
+        with outages(out):
+            found = known.get(int(pin(out, run, str(found.version))))
     if found is None:
         asked = f"no version {version}" if version is not None else f"no version with the alias {alias!r}"
         raise ConfigError(
             f"{tenant!r} has {asked}. Versions: {', '.join(map(str, sorted(known))) or 'none yet'}. "
             f"Promote one (`bit promote {tenant}`), or give --version or --models."
         )
-    return Export(tracking.export_of(client, found), str(found.version))
+    with tracking.asked(config.tracking_uri):
+        return Export(tracking.export_of(client, found), str(found.version))
 
 
 def read_export(place: Path, tenant: str) -> Export:
@@ -141,22 +148,38 @@ class Parts:
     """Finished pieces of a result, in a folder beside it that goes when the result is there. Paths or fsspec URLs."""
 
     def __init__(self, out: str, plan: dict[str, Any]) -> None:
-        """Raises ConfigError where the folder holds pieces of other work; those without a plan are a removal's rest and go."""
-        self.out = out
-        self.fs, self.path = fsspec.core.url_to_fs(out)
-        self.folder = f"{self.path}.parts"
+        """Raises ConfigError where the folder holds pieces of other work, or nothing can be written.
+
+        Pieces without a plan are a removal's rest and go.
+        """
+        self.out, self.count = out, 0
+        try:
+            self.fs, self.path = fsspec.core.url_to_fs(out)
+            self.folder = f"{self.path}.parts"
+            self._begin(plan)
+        except OSError as error:
+            if is_outage(error):
+                raise
+            raise ConfigError(
+                f"--out {out} cannot be written: {reason(error)}. Name a file, in a folder or bucket that you may write to."
+            ) from error
+
+    def _begin(self, plan: dict[str, Any]) -> None:
+        if self.fs.isdir(self.path):
+            raise ConfigError(
+                f"--out {self.out} is a folder. Name a file in it, as in {self.out.rstrip('/')}/answers.parquet."
+            )
         noted = f"{self.folder}/plan.json"
         if self.fs.exists(noted):
             if json.loads(self.fs.cat_file(noted)) != plan:
                 raise ConfigError(
-                    f"{out}.parts is from an unfinished run over other pictures, or pictures that were changed since, or by "
+                    f"{self.out}.parts is from an unfinished run over other pictures, or pictures that were changed since, or by "
                     "another version. Delete that folder, or choose another --out."
                 )
         else:
             if self.fs.exists(self.folder):
                 self.fs.rm(self.folder, recursive=True)
             _write(self.fs, noted, json.dumps(plan).encode())
-        self.count = 0
         while self.fs.exists(self._name(self.count)):
             self.count += 1
 
@@ -225,7 +248,7 @@ def _answer(session: Any, found: Pictures, batch: list[int], top: int) -> list[R
         try:
             pixels.append(preprocess.pixels(found.read(i), card.resolution))
         except Exception as error:  # each store has errors of its own; one picture must not end a run over millions
-            row["error"] = str(error) or type(error).__name__
+            row["error"] = reason(error)
         rows.append(row)
     if not pixels:
         return rows

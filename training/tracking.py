@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 
 from training import lineage
 from training.config import ConfigError
-from training.errors import UserError
+from training.errors import UserError, outages, reason
 from training.outbox import Outbox
 
 UPSTREAM_MODEL = "bit-upstream"
@@ -36,7 +36,19 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 
 
 class TrackingError(UserError):
-    """MLflow does not answer when its answer is needed."""
+    """MLflow does not answer when its answer is needed, or refuses."""
+
+
+@contextmanager
+def asked(uri: str) -> Iterator[None]:
+    """Around what needs MLflow's answers. Raises OutageError where MLflow or its store is away now, TrackingError else."""
+    try:
+        with outages(f"MLflow ({uri})"):
+            yield
+    except MlflowException as error:
+        raise TrackingError(
+            f"MLflow ({uri}) refuses: {reason(error)}. Look at its address, your account and the names."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Batch answers: every source, the same answers as the export gives, kills, damaged pictures, slices."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -8,8 +9,10 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,12 +23,14 @@ from tests import s3
 from tests.conftest import encode
 from tests.services.exports import CLASSES, export
 from training import predict
-from training.config import ConfigError
+from training.config import Config, ConfigError
 from training.data import pictures
 from training.data.dataset import Dataset
 from training.data.sources import SourceError
+from training.errors import OutageError, UserError
 
 COUNT = 60
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +145,16 @@ def test_a_picture_that_cannot_be_had_is_one_error(folder: Path, tmp_path: Path,
     assert [row["error"] is None for row in pq.read_table(out).to_pylist()] == [True, False, True]
 
 
-def test_an_answer_that_is_no_picture_from_a_server_is_one_error(folder: Path, tmp_path: Path) -> None:
+@contextmanager
+def answering(status: int) -> Iterator[str]:
+    """A web server that has only errors; HEAD says that everything is there where the status is a server's fault."""
+
     class Broken(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_error(500)
+            self.send_error(status)
 
         def do_HEAD(self) -> None:
-            self.send_response(200)
+            self.send_response(200 if status >= 500 else status)
             self.send_header("Content-Length", "100")
             self.end_headers()
 
@@ -156,14 +164,81 @@ def test_an_answer_that_is_no_picture_from_a_server_is_one_error(folder: Path, t
     with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
-        (folder / "web.csv").write_text(f"path\nhttp://127.0.0.1:{server.server_port}/x.png\n1/004.png\n")
-        out = f"{tmp_path}/a.parquet"
         try:
-            assert predict.main("lamps", predict.Export(export(), "1"), str(folder / "web.csv"), out, 1, 1) == (2, 1)
+            yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
             thread.join()
-    assert "500" in pq.read_table(out).to_pylist()[0]["error"]
+
+
+@pytest.mark.parametrize("status", [500, 404, None], ids=["fault", "missing", "refused"])
+def test_the_error_of_a_picture_on_a_server_says_why(folder: Path, tmp_path: Path, status: int | None) -> None:
+    with answering(status) if status else nullcontext("http://127.0.0.1:9") as url:
+        (folder / "web.csv").write_text(f"path\n{url}/x.png\n1/004.png\n")
+        out = f"{tmp_path}/a.parquet"
+        assert predict.main("lamps", predict.Export(export(), "1"), str(folder / "web.csv"), out, 1, 1) == (2, 1)
+    [error] = [row["error"] for row in pq.read_table(out).to_pylist() if row["error"]]
+    assert (f"{status}, message=" if status else "Cannot connect") in error
+
+
+@pytest.mark.parametrize("name", ["", "/pictures/", "/list.csv", "/x.png"])
+@pytest.mark.parametrize(("status", "ends_with"), [(None, 1), (503, 1), (429, 1), (404, 2), (403, 2)])
+def test_a_server_that_is_away_may_be_asked_again_and_one_that_refuses_may_not(
+    name: str, status: int | None, ends_with: int
+) -> None:
+    with (
+        answering(status) if status else nullcontext("http://127.0.0.1:9") as url,
+        pytest.raises(UserError, match=f"{status}, message=|not found" if status else "Cannot connect") as raised,
+    ):
+        pictures.find(url + name)
+    assert raised.value.status == ends_with
+    assert ("Start the same command again" if ends_with == 1 else "Give a folder") in str(raised.value)
+
+
+def test_a_store_that_is_away_may_be_asked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    lamps = predict.Export(export(), "1")
+    with pytest.raises(OutageError, match=r"s3://bucket/pictures does not answer"):
+        pictures.find("s3://bucket/pictures")
+    with pytest.raises(OutageError, match=r"s3://bucket/a\.parquet does not answer"):
+        predict.main("lamps", lamps, str(folder), "s3://bucket/a.parquet", 1, 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_table_that_is_none_is_not_asked_for_again(tmp_path: Path) -> None:
+    (tmp_path / "odd.csv").write_bytes(b'path\n"' + b"x" * 200_000 + b'"\n')
+    with pytest.raises(SourceError, match="field larger than"):
+        pictures.find(str(tmp_path / "odd.csv"))
+
+
+def test_the_command_ends_with_status_1_and_one_line_where_nobody_answers(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "lamps.onnx").write_bytes(export())
+    (tmp_path / "params.yaml").write_text("tracking_uri: http://127.0.0.1:9\n")
+    command = [sys.executable, "-m", "training", "predict", "lamps", "--out", "a.parquet"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    for more in (["http://127.0.0.1:9/pictures", "--models", "."], [str(folder)]):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 1
+        [line] = done.stderr.splitlines()
+        assert line.startswith("bit: ")
+        assert "Start the same command again" in line
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_work_begins(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    lamps = predict.Export(export(), "1")
+    with pytest.raises(ConfigError, match=r"is a folder\. Name a file in it"):
+        predict.main("lamps", lamps, str(folder), str(tmp_path), 1, 1)
+    assert not Path(f"{tmp_path}.parts").exists()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        predict.main("lamps", lamps, str(folder), f"{tmp_path}/file/a.parquet", 1, 1)
 
 
 def test_parts_that_a_kill_left_without_their_plan_are_not_taken(folder: Path, tmp_path: Path) -> None:
@@ -177,7 +252,7 @@ def test_parts_that_a_kill_left_without_their_plan_are_not_taken(folder: Path, t
 
 @pytest.fixture
 def bucket() -> Iterator[str]:
-    with s3.serving("answers") as url:
+    with s3.serving(f"answers-{uuid4().hex}") as url:  # moto forgets none while the process lives
         yield url
 
 
@@ -270,3 +345,14 @@ def test_shards_are_known_by_their_index(dataset: Dataset) -> None:
     packed = pictures.find(dataset.url)
     assert packed.cut(1, 3).mark(0) == dataset.fingerprint
     assert packed.fingerprint() != pictures.Pictures(packed.names, packed.read).fingerprint()
+
+
+@pytest.mark.parametrize(("status", "ends_with"), [(503, 1), (401, 2)])
+def test_an_mlflow_that_is_away_may_be_asked_again_and_one_that_refuses_may_not(
+    status: int, ends_with: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with answering(status) as url, pytest.raises(UserError, match=url) as raised:
+        predict.find_export(Config(tracking_uri=url), "lamps", None, "champion")
+    assert raised.value.status == ends_with
+    assert "\n" not in str(raised.value).strip()

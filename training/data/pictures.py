@@ -18,6 +18,7 @@ import fsspec
 from training.data.dataset import Dataset
 from training.data.shards import INDEX
 from training.data.sources import SUFFIXES, SourceError
+from training.errors import outages, reason
 
 KINDS = "Give a folder of pictures, a picture, a .csv with the column `path`, packed shards, or a URL of one of these."
 
@@ -50,24 +51,28 @@ class Pictures:
 
 
 def find(source: str) -> Pictures:
-    """All pictures of a source. Raises SourceError where there are none."""
-    try:
-        fs, root = fsspec.core.url_to_fs(source)
-        if fs.isdir(root):
-            found = _shards(source) if fs.exists(posixpath.join(root, INDEX)) else _folder(fs, root)
-        elif source.lower().endswith(".csv"):
-            found = _table(source, fs.cat_file(root))
-        else:
-            if not fs.exists(root):
-                raise SourceError(f"{source} is not there. {KINDS}")
-            found = Pictures([posixpath.basename(root)], lambda i: fs.cat_file(root))
-    except (ValueError, ImportError, OSError) as error:
-        if isinstance(error, SourceError):
-            raise
-        raise SourceError(f"{source} cannot be read: {error}. {KINDS}") from error
+    """All pictures of a source. Raises SourceError where there are none, OutageError where its store is away."""
+    with outages(source):
+        found = _find(source)
     if not len(found):
         raise SourceError(f"{source} holds no pictures; read are {', '.join(sorted(SUFFIXES))}. {KINDS}")
     return found
+
+
+def _find(source: str) -> Pictures:
+    try:
+        fs, root = fsspec.core.url_to_fs(source)
+        if fs.isdir(root):
+            return _shards(source) if fs.exists(posixpath.join(root, INDEX)) else _folder(fs, root)
+        if source.lower().endswith(".csv"):
+            return _table(source, fs.cat_file(root))
+        about = fs.info(root)  # `exists` would say no where a server is away
+        mark = _touched(root) if "file" in fs.protocol else _listed(about)
+        return Pictures([posixpath.basename(root)], lambda i: fs.cat_file(root), lambda i: mark)
+    except SourceError:
+        raise
+    except Exception as error:  # each store has errors of its own
+        raise SourceError(f"{source} cannot be read: {reason(error)}. {KINDS}") from error
 
 
 def whole_name(source: str) -> str:
