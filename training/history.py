@@ -40,7 +40,8 @@ def read(client: MlflowClient, tenant: str) -> list[Entry]:
     if experiment is None:
         return []
     order = ["attributes.start_time DESC"]
-    runs = client.search_runs([experiment.experiment_id], f"tags.tenant = '{tenant}'", order_by=order, max_results=1000)
+    wanted = f"tags.tenant = {tracking.quoted(tenant)}"
+    runs = client.search_runs([experiment.experiment_id], wanted, order_by=order, max_results=1000)
     champion = tracking.version_at(client, tenant, tracking.CHAMPION)
     return [_entry(run, str(champion.version) if champion else NONE) for run in runs]
 

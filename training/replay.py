@@ -1,6 +1,7 @@
 """Champion and challenger asked with the same pictures, by the engine that serves: where they agree, who is right, how fast.
 
-The pictures are the tenant's packed test split, a folder that was given, or the golden pictures inside both exports.
+The pictures are the tenant's packed test split, a folder that was given, or the golden pictures inside both exports. A given
+folder's folders are labels where all are named like classes, as for `bit pack`.
 """
 
 import base64
@@ -18,7 +19,7 @@ from services.inference.errors import Refused
 from training import plots, receipt
 from training.config import ConfigError
 from training.data.dataset import Dataset
-from training.data.sources import SUFFIXES
+from training.data.sources import SPLITS, SUFFIXES
 
 TIMED = 40  # each export is timed on at least so many pictures, taking them again where there are fewer
 SHOWN = 32  # flips on the contact sheet
@@ -89,14 +90,20 @@ def load(data: bytes, name: str) -> Session:
 
 
 def replay(champion: Session, challenger: Session, examples: Sequence[Example]) -> Replay:
-    """Asks both with every picture, one at a time and in turns, so that both are timed under the same load of the machine."""
+    """Asks both with every picture, one at a time and in turns, so that both are timed under the same load of the machine.
+
+    Raises ConfigError for a file that is no picture.
+    """
     answers: tuple[list[Answer], list[Answer]] = ([], [])
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(max(TIMED, len(examples))):
         example = examples[number % len(examples)]
         for side in (0, 1) if number % 2 else (1, 0):
             session = (champion, challenger)[side]
-            pixels = preprocess.pixels(example.picture, session.card.resolution)[None]
+            try:
+                pixels = preprocess.pixels(example.picture, session.card.resolution)[None]
+            except preprocess.PictureError as error:
+                raise _unreadable(example.name, error) from error
             began = time.perf_counter()
             [row] = session.run(pixels)[0]
             seconds[side].append(time.perf_counter() - began)
@@ -109,11 +116,12 @@ def replay(champion: Session, challenger: Session, examples: Sequence[Example]) 
 def sample(tenant: str, count: int, pictures: Path | None, *sessions: Session) -> tuple[list[Example], str]:
     """At most `count` examples, spread evenly, and where they are from. Raises ConfigError for a folder without pictures."""
     if pictures is not None:
-        paths = sorted(path for path in pictures.rglob("*") if path.suffix.lower() in SUFFIXES)
+        paths = sorted(p for p in pictures.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
         if not paths:
             raise ConfigError(f"{pictures} holds no pictures. Read are: {', '.join(sorted(SUFFIXES))}.")
-        given = [Example(str(path), path.read_bytes()) for path in _spread(paths, count)]
-        return given, f"{len(given)} pictures of {pictures}"
+        labels = _labels([path.relative_to(pictures) for path in paths], sessions)
+        given = [Example(str(paths[i]), _read(paths[i]), labels[i]) for i in _spread(range(len(paths)), count)]
+        return given, f"{len(given)} pictures of {pictures}" + (", labelled by their folders" if labels[0] else "")
     if (receipt.folder("pack", tenant) / receipt.FILE).is_file():
         data = Dataset.open(receipt.read("pack", tenant).outputs["dataset"].uri)
         if "test" in data.splits:
@@ -125,6 +133,27 @@ def sample(tenant: str, count: int, pictures: Path | None, *sessions: Session) -
     golden = {one["picture"] for session in sessions for one in session.card.golden}
     examples = [Example(f"golden {n}", base64.b64decode(picture)) for n, picture in enumerate(sorted(golden))]
     return examples, f"the {len(examples)} golden pictures of both exports (no packed test split here)"
+
+
+def _labels(paths: Sequence[Path], sessions: Sequence[Session]) -> Sequence[Answer | None]:
+    """The names of the folders, <class>/… or <split>/<class>/…, where all are classes of one of the two; else no label."""
+    depth = 1 if all(path.parts[0] in SPLITS for path in paths) else 0
+    names = [path.parts[depth] if len(path.parts) > depth + 1 else "" for path in paths]
+    classes = {name for session in sessions for name in session.card.classes}
+    if any(session.card.multi_label for session in sessions) or not classes.issuperset(names):
+        return [None] * len(paths)
+    return [(name,) for name in names]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(name: str | Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{name} cannot be asked about: {error}. Remove it, or give another folder: --pictures FOLDER.")
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:

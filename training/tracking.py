@@ -124,13 +124,8 @@ def start(
         yield Run(None, "", "")
         return
     client = connect(uri)
-    all_tags = {
-        "stage": stage,
-        "tenant": tenant or "",
-        "git.commit": lineage.git_commit(),
-        **lineage.cluster_tags(),
-        **tags,
-    }
+    all_tags = {"stage": stage, "tenant": tenant or "", "git.commit": lineage.git_commit()}
+    all_tags |= {**lineage.cluster_tags(), **tags}
     known = _continued(client, resume, all_tags) if resume else None
     if known is None:
         found = ensure_experiment(client, uri, experiment or tenant or UPSTREAM_MODEL)
@@ -257,8 +252,15 @@ def version_at(client: MlflowClient, model: str, alias: str) -> ModelVersion | N
 
 def versions(client: MlflowClient, model: str) -> list[ModelVersion]:
     """All versions of a model, newest first."""
-    found = client.search_model_versions(f"name = '{model}'")
+    found = client.search_model_versions(f"name = {quoted(model)}")
     return sorted(found, key=lambda version: int(version.version), reverse=True)
+
+
+def quoted(name: str) -> str:
+    """A name as MLflow's filters write it. Raises TrackingError for one that they cannot hold."""
+    if "'" in name and '"' in name:
+        raise TrackingError(f"{name!r} holds both kinds of quotes, which MLflow cannot search for: rename it.")
+    return f'"{name}"' if "'" in name else f"'{name}'"
 
 
 def export_of(client: MlflowClient, version: ModelVersion) -> bytes:

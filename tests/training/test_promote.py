@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -250,3 +251,88 @@ def test_the_command_prints_the_history(registry: Registry) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=registry.folder, env=environment)
     assert all(text in done.stdout for text in ("none", "because", "bit promote"))
+
+
+def test_a_picture_that_cannot_be_read_is_named_and_a_folder_is_none(registry: Registry, pictures: Path) -> None:
+    first = registry.publish(export())
+    promote.main(registry.config, "lamps")
+    registry.publish(export(threshold=0.1))
+    (pictures / "dir.png").mkdir()
+    for name, data in {"broken.png": b"not a picture", "empty.jpg": b""}.items():
+        (pictures / name).write_bytes(data)
+        with pytest.raises(ConfigError, match=rf"{pictures / name} cannot be asked about: [\s\S]*not a picture"):
+            promote.main(registry.config, "lamps", pictures=pictures)
+        (pictures / name).unlink()
+    (pictures / "gone.png").symlink_to(pictures / "nowhere.png")
+    with pytest.raises(ConfigError, match=r"gone\.png cannot be asked about: [\s\S]*No such file"):
+        promote.main(registry.config, "lamps", pictures=pictures)
+    (pictures / "gone.png").unlink()
+    assert registry.champion == first
+    promote.main(registry.config, "lamps", pictures=pictures)
+    assert registry.champion == "2"
+
+
+def label(pictures: Path, places: Sequence[str]) -> None:
+    """Moves the pictures, from the darkest on, into folders."""
+    for path, place in zip(sorted(pictures.glob("*.png"), key=lambda path: int(path.stem)), places, strict=True):
+        (pictures / place).mkdir(parents=True, exist_ok=True)
+        path.rename(pictures / place / path.name)
+
+
+@pytest.mark.parametrize(
+    ("places", "accuracy"),
+    [
+        (["dark"] * 6 + ["bright"] * 4, 1.0),
+        (["test/dark"] * 6 + ["test/bright/lab"] * 4, 1.0),
+        (["bright"] + ["dark"] * 5 + ["bright"] * 4, 0.9),
+        (["dark"] * 6 + ["."] * 4, None),
+        (["dark"] * 6 + ["dim"] * 4, None),
+    ],
+    ids=["classes", "split", "wrong", "flat", "unknown"],
+)
+def test_folders_named_like_classes_tell_the_accuracies(
+    registry: Registry, pictures: Path, places: list[str], accuracy: float | None
+) -> None:
+    label(pictures, places)
+    registry.publish(export())
+    promote.main(registry.config, "lamps")
+    registry.publish(export(threshold=0.1))
+    said = promote.main(registry.config, "lamps", pictures=pictures)
+    [entry, _] = history.read(registry.client, "lamps")
+    assert entry.figures.get("accuracy.from") == entry.figures.get("accuracy.to") == accuracy
+    assert any("labelled by their folders" in line for line in said) == (accuracy is not None)
+
+
+def test_a_challenger_that_is_wrong_about_labelled_folders_is_held_back(registry: Registry, pictures: Path) -> None:
+    label(pictures, ["dark"] * 6 + ["bright"] * 4)
+    registry.publish(export())
+    promote.main(registry.config, "lamps")
+    registry.publish(export(sign=-1))
+    with pytest.raises(promote.GateError, match=r"FAIL  accuracy_drop 1\.000"):
+        promote.main(registry.config, "lamps", pictures=pictures)
+
+
+@pytest.mark.parametrize("name", ["o'brien", 'the "best"'])
+def test_a_tenant_whose_name_holds_quotes_has_a_history(registry: Registry, name: str) -> None:
+    told = {"from": "none", "to": "1", "why": "because"}
+    with history.record(registry.config.tracking_uri, registry.client, name, told, history.PROMOTED):
+        pass
+    assert [entry.why for entry in history.read(registry.client, name)] == ["because"]
+    assert history.read(registry.client, "lamps") == []
+    assert tracking.versions(registry.client, name) == []
+
+
+def test_a_name_with_both_quotes_is_refused(registry: Registry) -> None:
+    with pytest.raises(tracking.TrackingError, match="both kinds of quotes"):
+        tracking.versions(registry.client, "o'brien's \"best\"")
+
+
+def test_the_command_ends_with_status_1_and_one_line_where_mlflow_is_away(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("tracking_uri: http://127.0.0.1:9\n")
+    command = [sys.executable, "-m", "training", "promote", "lamps"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("bit: MLflow (http://127.0.0.1:9) does not answer: ")
+    assert "Start the same command again" in line

@@ -20,7 +20,10 @@ def promote(
     back: Annotated[bool, typer.Option("--rollback", help="Back to the version that the champion replaced.")] = False,
     past: Annotated[bool, typer.Option("--history", help="Print who moved the alias, when and why.")] = False,
     pictures: Annotated[
-        Path | None, typer.Option(help="Ask both with these pictures, not the packed test split.")
+        Path | None,
+        typer.Option(
+            help="Ask both with these pictures, not the packed test split. Folders named like classes are labels."
+        ),
     ] = None,
     overrides: Set = None,
 ) -> None:
@@ -28,14 +31,16 @@ def promote(
     from rich.console import Console
 
     from training import promote as promotion
+    from training import tracking
 
     config = load(overrides=overrides or ())
-    if past:
-        promotion.print_history(config, tenant, Console())
-    elif back:
-        print("\n".join(promotion.rollback(config, tenant, why)))
-    else:
-        print("\n".join(promotion.main(config, tenant, wanted, why, force, pictures)))
+    with tracking.asked(config.tracking_uri):
+        if past:
+            promotion.print_history(config, tenant, Console())
+        elif back:
+            print("\n".join(promotion.rollback(config, tenant, why)))
+        else:
+            print("\n".join(promotion.main(config, tenant, wanted, why, force, pictures)))
 
 
 def predict(
