@@ -170,9 +170,11 @@ class MLflowRegistry:
 
         A run that did not end yet, or never will, counts where it is about the version that is champion now.
         """
+        quote = '"' if "'" in wanted.tenant else "'"  # MLflow's filters know no escape, and refuse a name with both
+        mine = f"tags.tenant = {quote}{wanted.tenant}{quote}"
         query = {
             "experiment_ids": [experiment],
-            "filter": f"tags.tenant = '{wanted.tenant}' and attributes.status != 'FAILED'",  # a gate held those back
+            "filter": f"{mine} and attributes.status != 'FAILED'",  # a gate held those back
             "order_by": ["attributes.start_time DESC"],
             "max_results": 20,
         }

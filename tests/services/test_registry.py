@@ -288,3 +288,19 @@ def test_a_move_there_and_back_and_there_again_is_three_moves(
             other.look()
     moves = [("none", first), (first, second), (second, first), (first, second)]
     assert history(store)[len(before) :][-len(moves) + 1 :] == moves[1:]
+
+
+@pytest.mark.parametrize("tenant", ["o'brien", 'the "best"'])
+def test_the_move_of_a_tenant_whose_name_holds_quotes_is_written_once(
+    store: MLflow, registry_at: Callable[..., MLflowRegistry], tenant: str
+) -> None:
+    version = store.publish(tenant, export())
+    with following(registry_at(uri_of(store))) as made:
+        made.look()
+        assert served(made) == [(tenant, "champion", version)]
+    with following(registry_at(uri_of(store))) as restarted:
+        restarted.look()
+    experiment = store.client.get_experiment_by_name("promotions")
+    assert experiment is not None
+    told = [run.data.tags for run in store.client.search_runs([experiment.experiment_id])]
+    assert [tags["to"] for tags in told if tags["tenant"] == tenant] == [version]
