@@ -56,21 +56,17 @@ def outages(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OutageError) or not is_outage(error):
+        cause = _outage(error)
+        if cause is None or isinstance(error, OutageError):
             raise
         raise OutageError(
-            f"{what} does not answer: {reason(error)}. Start the same command again when it does."
+            f"{what} does not answer: {reason(cause)}. Start the same command again when it does."
         ) from error
 
 
-def is_outage(error: BaseException | None) -> bool:
+def is_outage(error: BaseException) -> bool:
     """Whether the error, or one that it was made from, says that a server is away, slow or busy."""
-    while error is not None:
-        status = _status(error)
-        if any(kind.__name__ in PASSING for kind in type(error).__mro__) or status in BUSY or 500 <= status < 600:
-            return True
-        error = error.__cause__
-    return False
+    return _outage(error) is not None
 
 
 def reason(error: BaseException) -> str:
@@ -79,6 +75,16 @@ def reason(error: BaseException) -> str:
         error = error.__cause__
     text = " ".join(str(error).split())[:500] or type(error).__name__
     return f"not found: {text}" if isinstance(error, FileNotFoundError) and error.errno is None else text
+
+
+def _outage(error: BaseException | None) -> BaseException | None:
+    """Of an error and those that it was made from the first that tells of an outage."""
+    while error is not None:
+        status = _status(error)
+        if any(kind.__name__ in PASSING for kind in type(error).__mro__) or status in BUSY or 500 <= status < 600:
+            return error
+        error = error.__cause__
+    return None
 
 
 def _status(error: BaseException) -> int:

@@ -192,7 +192,8 @@ def test_a_server_that_is_away_may_be_asked_again_and_one_that_refuses_may_not(
     ):
         pictures.find(url + name)
     assert raised.value.status == ends_with
-    assert ("Start the same command again" if ends_with == 1 else "Give a folder") in str(raised.value)
+    assert ("Start the same command again" in str(raised.value)) == (ends_with == 1)
+    assert ("Give a folder" in str(raised.value)) == (ends_with == 2)
 
 
 def test_a_store_that_is_away_may_be_asked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
