@@ -26,7 +26,6 @@ from services.inference.access import AccessLog
 from services.inference.cache import Cache
 from services.inference.errors import (
     BadRequest,
-    DeadlineExceeded,
     Headers,
     MethodNotAllowed,
     NotFound,
@@ -92,15 +91,8 @@ class App:
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
         given = self.settings
-        self.scheduler = Scheduler(
-            given.workers,
-            given.max_batch,
-            given.max_batch_ms,
-            given.max_queue_ms,
-            given.max_pixels,
-            given.max_decode_ms,
-            self.metrics,
-        )
+        queue = (given.workers, given.max_batch, given.max_batch_ms, given.max_queue_ms)
+        self.scheduler = Scheduler(*queue, given.max_pixels, given.max_decode_ms, self.metrics)
         self.follower.start()
         watch = asyncio.create_task(self.tenants.follow(given.poll_interval_s))
         await send({"type": "lifespan.startup.complete"})
@@ -121,6 +113,7 @@ class App:
             status = 200
         except ServiceError as error:
             status, data, extra = error.status, orjson.dumps({"error": str(error)}), [JSON, *error.headers]
+            extra += exchange.origin() if exchange.served else []
         except Exception:  # what nobody foresaw: logged whole, answered without a word of it
             log.exception("request %s failed", exchange.request_id)
             data, extra = orjson.dumps({"error": f"internal error; request id {exchange.request_id}"}), [JSON]
@@ -159,11 +152,18 @@ class App:
                 exchange.served, exchange.alias = await self._load(exchange, cold), cold.wanted.alias
             if not size:
                 receive = bodies.Counted(receive, partial(self.tenants.charge, exchange.tenant))
-            body = await bodies.read(receive, headers, limit, self.room)
-            try:
-                return await self._reply(exchange, body)
-            finally:
-                self.room.give_back(len(body))
+            if (
+                b"x-timeout-ms" not in headers
+            ):  # the service's own limit drops what waits; a clock of its own costs each request
+                return await self._admitted(exchange, receive)
+            return await exchange.in_time(self._admitted(exchange, receive), "the answer was not there")
+
+    async def _admitted(self, exchange: Exchange, receive: Receive) -> tuple[bytes, Headers]:
+        body = await bodies.read(receive, exchange.headers, self.settings.max_body_bytes, self.room)
+        try:
+            return await self._reply(exchange, body)
+        finally:
+            self.room.give_back(len(body))
 
     async def _reply(self, exchange: Exchange, body: bytes) -> tuple[bytes, Headers]:
         if exchange.action == "infer":
@@ -188,16 +188,16 @@ class App:
 
     async def _load(self, exchange: Exchange, cold: Cold) -> Served:
         """Raises Unavailable, DeadlineExceeded."""
-        loading = self.follower.load(cold)
+        loading, began = self.follower.load(cold), time.monotonic()
         if self.settings.cold == "refuse":
             raise Unavailable(f"{exchange.name!r} is being loaded; try again", after_s=2)
         try:
-            async with asyncio.timeout(exchange.deadline - time.monotonic()):
-                return await asyncio.shield(asyncio.wrap_future(loading))
-        except TimeoutError:
-            raise DeadlineExceeded(f"{exchange.name!r} was still loading when the deadline passed") from None
+            loaded = asyncio.shield(asyncio.wrap_future(loading))
+            served = await exchange.in_time(loaded, f"{exchange.name!r} was still loading")
         except (Refused, RegistryDown) as error:
             raise Unavailable(f"version {cold.wanted.version} of {exchange.tenant!r} cannot be loaded", 10) from error
+        exchange.timings["load"] = time.monotonic() - began
+        return served
 
     async def _classify(
         self, exchange: Exchange, pictures: list[bytes], names: list[str] | None
@@ -224,7 +224,9 @@ class App:
             finally:
                 self.scheduler.charge(exchange.tenant, (time.thread_time() - began) / exchange.quota.weight)
 
+        began = time.monotonic()
         await asyncio.get_running_loop().run_in_executor(self.explainers, charged)
+        exchange.timings["explain"] = time.monotonic() - began
 
     async def _features(
         self, exchange: Exchange, pictures: list[bytes], names: list[str] | None
@@ -270,9 +272,8 @@ class App:
     def _run(self, exchange: Exchange, data: Any, outputs: tuple[str, ...]) -> "asyncio.Future[Rows]":
         """Rows of the outputs; where the time went is noted in `exchange.timings`. Raises Unavailable."""
         answer: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
-        work = Work(exchange.version, data, outputs, exchange.deadline, answer, exchange.quota.weight)
-        exchange.timings = work.timings
-        return self.scheduler.submit(work)
+        given = (exchange.version, data, outputs, exchange.deadline, answer, exchange.quota.weight)
+        return self.scheduler.submit(Work(*given, timings=exchange.timings))
 
 
 def main() -> None:

@@ -2,12 +2,13 @@
 
 import asyncio
 import itertools
+import threading
 import zlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import Field, File, create_form_parser
+from python_multipart.multipart import Field, File, FormParser, parse_options_header
 
 from services.inference.errors import BadRequest, RequestTimeout, TooLarge, Unavailable, UnsupportedMedia
 from services.inference.http1 import CLOSE
@@ -168,13 +169,17 @@ def pictures(body: bytes, headers: dict[bytes, bytes], limit: int) -> tuple[list
         names.append((file.file_name or b"").decode("utf-8", "replace"))
         file.close()
 
-    parts = {"Content-Type": headers[b"content-type"]}
+    _, given = parse_options_header(headers[b"content-type"])
+    ended = threading.Event()
+    kept = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}  # nothing goes to the disk
     try:
-        parser = create_form_parser(parts, skip, take, config={"MAX_MEMORY_FILE_SIZE": len(body) + 1})  # no disk
+        parser = FormParser("multipart/form-data", skip, take, ended.set, given.get(b"boundary"), config=kept)
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
         raise BadRequest(f"the form cannot be read: {error}") from None
+    if not ended.is_set():  # the picture that is cut off would go missing without a word
+        raise BadRequest("the form is cut off: its last boundary is missing")
     if not found:
         raise BadRequest("the form has no file; send each picture as a part with a filename")
     return found, names

@@ -12,7 +12,7 @@ ServiceError
 ├── TooManyRequests     429  over the tenant's quota; Retry-After says when it isn't any more
 ├── Unsupported         501  asked for what this server does not do
 ├── Unavailable         503  queue full, draining, or nothing loaded yet; comes with Retry-After
-└── DeadlineExceeded    504  the request's deadline passed before its turn came
+└── DeadlineExceeded    504  the request's deadline passed before its answer was there
 
 Messages are written for the caller. Anything else that goes wrong is 500 with no text from inside the process.
 """
@@ -92,4 +92,4 @@ class DeadlineExceeded(ServiceError):
 
 
 class Refused(Exception):
-    """A version that must not be served; the reason goes to the API, the metrics, the log and MLflow."""
+    """A version that must not be served; the reason goes to the API, the log and MLflow."""

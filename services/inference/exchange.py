@@ -1,18 +1,20 @@
 """One inference request on its way through the service: what its path and headers ask for, and what became of it."""
 
+import asyncio
 import contextlib
 import random
 import time
-from collections.abc import MutableMapping
+from collections.abc import Awaitable, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs
 
-from services.inference.errors import BadRequest, Headers
+from services.inference.errors import BadRequest, DeadlineExceeded, Headers
 from services.inference.models import Served
 from services.inference.tenants import ANYBODY, Quota
 
 Scope = MutableMapping[str, Any]
+Answer = TypeVar("Answer")
 Route = tuple[str, str, str | None]  # action, name, version
 
 NO_QUOTA = Quota()
@@ -97,6 +99,14 @@ class Exchange:
                 return min(float(given), default_ms) / 1000
         raise BadRequest("X-Timeout-Ms must be a positive number of milliseconds")
 
+    async def in_time(self, answer: Awaitable[Answer], otherwise: str) -> Answer:
+        """The answer, if it comes before the deadline. Raises DeadlineExceeded, which says what was otherwise."""
+        try:
+            async with asyncio.timeout(self.deadline - time.monotonic()):
+                return await answer
+        except TimeoutError:
+            raise DeadlineExceeded(f"{otherwise} when the deadline passed") from None
+
     def trace_id(self) -> str | None:
         """The trace that the request belongs to (W3C Trace Context, section 3.2)."""
         given = self.headers.get(b"traceparent")
@@ -108,7 +118,9 @@ class Exchange:
 
     def origin(self) -> Headers:
         """Headers that tell who answered, and where the time went."""
+        alias = (b"x-model-alias", self.alias.encode())
+        if not self.timings:
+            return [*self.version.headers, alias]
         stages, ms = self.timings.keys(), [seconds * 1000 for seconds in self.timings.values()]
         told = ";dur=%.2f, ".join(stages) + ";dur=%.2f"  # formatted at once: one by one they take twice as long
-        mine = [(b"x-model-alias", self.alias.encode()), (b"server-timing", (told % tuple(ms)).encode())]
-        return [*self.version.headers, *mine]
+        return [*self.version.headers, alias, (b"server-timing", (told % tuple(ms)).encode())]

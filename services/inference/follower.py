@@ -116,6 +116,8 @@ class Follower:
                 log.warning("%s version %s cannot be had: %s", item.tenant, item.version, error)
                 down = down or error
         self._forget(self.models.tidy())
+        named = {(item.tenant, item.version) for item in (*wanted, *self.models.aliases())}
+        self.metrics.keep(named | {(served.tenant, served.version) for served in self.models.all()})
         if down is not None:
             self.polled = self.polled or bool(self.models.aliases())  # nothing at all is no start
             raise down
@@ -211,7 +213,7 @@ class Follower:
 
     def _forget(self, gone: list[Served]) -> None:
         for served in gone:
-            self.metrics.forget(served.tenant, served.version)
+            self.metrics.loaded.remove(served.tenant, served.version)
             log.info("%s version %s left memory", served.tenant, served.version)
             del served  # or the last one would still be held when memory is given back
         size_bytes = sum(one.size_bytes for one in gone)

@@ -71,7 +71,7 @@ class Metrics:
         )
         self.stage = Latencies(
             "bit_stage_seconds",
-            "Time of each stage of a request: queue, decode, infer",
+            "Time of each stage of a request: load, queue, decode, infer, explain",
             ("tenant", "version", "stage"),
             self.registry,
         )
@@ -103,7 +103,15 @@ class Metrics:
         )
         self.registry_up = Gauge("bit_registry_up", "1 while the registry answers", registry=self.registry)
 
-    def forget(self, tenant: str, version: str) -> None:
-        """Drops the series of a version that left memory: a thousand promotions must not leave a thousand series."""
-        for metric in (self.requests, self.latency, self.stage, self.loaded):
-            metric.remove_by_labels({"tenant": tenant, "version": version})
+        self._told: set[tuple[str, str]] = set()
+
+    def told(self, tenant: str, version: str) -> None:
+        """The version has series from now on."""
+        self._told.add((tenant, version))
+
+    def keep(self, known: set[tuple[str, str]]) -> None:
+        """Drops the series of all but these versions: a thousand promotions must not leave a thousand series."""
+        for tenant, version in self._told - known:
+            for metric in (self.requests, self.latency, self.stage):
+                metric.remove_by_labels({"tenant": tenant, "version": version})
+            self._told.discard((tenant, version))

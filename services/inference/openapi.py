@@ -76,7 +76,7 @@ ORIGIN = {  # of every answer of a version
     "X-Model-Version": _header(TEXT, "The version that answered", always=True),
     "X-Model-Sha256": _header(TEXT, "The sha256 of its file", always=True),
     "X-Model-Alias": _header(TEXT, "The alias that led to it, empty where none has it any more", always=True),
-    "Server-Timing": _header(TEXT, "Milliseconds of each stage: queue, decode, infer", always=True),
+    "Server-Timing": _header(TEXT, "Milliseconds of each stage: load, queue, decode, infer, explain", always=True),
     **CODED,
 }
 SHAPE = _header({"type": "string", "pattern": "^[0-9]+,[0-9]+$"}, f"Of {BINARY}: pictures,numbers of each")
@@ -104,7 +104,7 @@ def _answer(description: str, schema: Schema | None, media: str = "application/j
 
 
 def _error(code: int) -> Schema:
-    of_inference = {"X-Request-Id": _header(TEXT, "Of an inference: the request's own, or one that was drawn"), **CODED}
+    of_inference = {name: header | {"required": False} for name, header in ORIGIN.items()}  # once a version was found
     return _answer(ERRORS[code], of(error=TEXT)) | {"headers": of_inference | ERROR_HEADERS.get(code, {})}
 
 

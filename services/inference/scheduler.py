@@ -30,7 +30,10 @@ FIRST_GUESS_S = 0.02  # cost of a picture before any was measured
 
 @dataclass(eq=False)
 class Work:
-    """One request's pictures. data: encoded pictures, or pixels [n, S, S, 3]; deadline: on time.monotonic's clock."""
+    """One request's pictures. data: encoded pictures, or pixels [n, S, S, 3]; deadline: on time.monotonic's clock.
+
+    timings: where the seconds of each stage are noted.
+    """
 
     served: Served
     data: list[bytes] | NDArray[np.uint8]

@@ -38,7 +38,9 @@ class Settings(BaseSettings):
     max_batch: int = Field(2, ge=1, description="pictures that a thread takes at once")
     max_batch_ms: float = Field(20, gt=0, description="work that a thread takes at once; more makes other tenants wait")
     max_queue_ms: float = Field(2_000, gt=0, description="work that may wait; above it requests get 503")
-    timeout_ms: float = Field(30_000, gt=0, description="deadline of a request that names none")
+    timeout_ms: float = Field(
+        30_000, gt=0, description="longest deadline of a request, and that of one that names none"
+    )
 
     max_body_bytes: int = Field(20 * MiB, ge=1, description="largest request body, also after decompression")
     max_json_bytes: int = Field(

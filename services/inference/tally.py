@@ -19,6 +19,7 @@ from services.inference.models import Served
 
 log = logging.getLogger("bit.tally")
 STAGES = {"queue": "queue", "decode": "compute_input", "infer": "compute_infer"}  # our name → Triton's
+SELDOM = ("load", "explain")  # stages that few requests have, and Triton has no name for
 TOGETHER_S = 0.05
 
 
@@ -27,9 +28,10 @@ class Series:
 
     def __init__(self, metrics: Metrics, served: Served) -> None:
         labels = (served.tenant, served.version)
+        metrics.told(*labels)
         self.ok: Counter = metrics.requests.labels(*labels, "200")
         self.latency: Times = metrics.latency.labels(*labels)
-        self.stages: dict[str, Times] = {stage: metrics.stage.labels(*labels, stage) for stage in STAGES}
+        self.stages: dict[str, Times] = {stage: metrics.stage.labels(*labels, stage) for stage in (*STAGES, *SELDOM)}
 
 
 class Answered(NamedTuple):
@@ -96,12 +98,14 @@ class Tally:
         served.stats.last = answer.at
         served.stats.add("success" if answer.status == 200 else "fail", answer.took_s)
         for stage, seconds in answer.exchange.timings.items():
-            served.stats.add(STAGES[stage], seconds)
+            if stage in STAGES:
+                served.stats.add(STAGES[stage], seconds)
             series.stages[stage].observe(seconds)
         if answer.status == 200:
             series.ok.inc()
             series.latency.observe(answer.took_s)
         else:
+            self.metrics.told(served.tenant, served.version)
             self.metrics.requests.labels(served.tenant, served.version, str(answer.status)).inc()
 
 

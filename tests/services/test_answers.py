@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import cv2
+import httpx
 import numpy as np
 import pytest
 
@@ -53,6 +54,37 @@ def test_a_broken_form_is_400(lamps: Service) -> None:
         answer = lamps.http.post("/v1/lamps/classify", content=body, headers={"content-type": media})
         assert answer.status_code == 400, answer.text
         assert "form" in answer.json()["error"]
+
+
+def test_a_form_that_is_cut_off_loses_no_picture_silently(lamps: Service) -> None:
+    whole = lamps.http.build_request("POST", "/v1/lamps/classify", files=form(1, 250))
+    body, media = whole.read(), whole.headers["content-type"]
+    second = body.index(b"250.png")
+    for end in (len(body) - 4, len(body) - 60, second + 40, second):
+        answer = lamps.http.post("/v1/lamps/classify", content=body[:end], headers={"content-type": media})
+        assert answer.status_code == 400, answer.text
+        assert "cut off" in answer.json()["error"]
+
+
+def stages(answer: httpx.Response) -> list[str]:
+    return [stage.split(";")[0] for stage in answer.headers["server-timing"].split(", ")]
+
+
+def test_the_time_of_a_load_and_of_an_explanation_is_told(lamps: Service) -> None:
+    assert stages(lamps.classify("lamps", gray_png(1))) == ["queue", "decode", "infer"]
+    assert stages(lamps.classify("lamps", gray_png(1), "?explain=1")) == ["queue", "decode", "infer", "explain"]
+    assert lamps.http.post("/v2/repository/models/lamps/unload").status_code == 200
+    assert stages(lamps.classify("lamps", gray_png(1))) == ["load", "queue", "decode", "infer"]
+    text = lamps.http.get("/metrics").text
+    assert all(f'stage="{stage}"' in text for stage in ("load", "explain"))
+
+
+def test_an_error_tells_which_version_it_is_of(lamps: Service) -> None:
+    answer = lamps.classify("lamps@challenger", b"no picture")
+    assert answer.status_code == 400
+    assert (answer.headers["x-model-name"], answer.headers["x-model-alias"]) == ("lamps", "challenger")
+    assert answer.headers["x-model-version"] == lamps.classify("lamps@challenger", gray_png(1)).json()["version"]
+    assert "x-model-name" not in lamps.classify("nobody", gray_png(1)).headers
 
 
 def test_features_come_as_numbers_or_bytes(lamps: Service) -> None:

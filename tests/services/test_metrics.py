@@ -25,11 +25,12 @@ def test_a_latency_is_told_as_by_prometheus_own_histogram(observed: list[tuple[s
     assert told(ours) == told(theirs)
 
 
-def test_a_version_that_left_memory_leaves_no_series() -> None:
+def test_a_version_that_nothing_points_to_leaves_no_series() -> None:
     metrics = Metrics()
     for version in ("1", "2"):
         metrics.latency.labels("lamps", version).observe(0.1)
         metrics.stage.labels("lamps", version, "infer").observe(0.1)
-    metrics.forget("lamps", "1")
+        metrics.told("lamps", version)
+    metrics.keep({("lamps", "2")})
     assert [line for line in told(metrics.registry) if 'version="1"' in line] == []
     assert len([line for line in told(metrics.registry) if 'version="2"' in line]) == 2 * (len(LATENCY_BUCKETS) + 3)

@@ -2,10 +2,12 @@
 
 import math
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +213,63 @@ def test_the_playground_has_no_external_assets(service: Service) -> None:
 def test_a_passed_deadline_is_504(service: Service) -> None:
     answer = service.http.post("/v1/lamps/classify", content=gray_png(1), headers={"X-Timeout-Ms": "0.000001"})
     assert answer.status_code == 504
+
+
+def test_a_deadline_is_kept_while_others_are_answered(lamps: Service) -> None:
+    lamps.wait_until("slow", lamps.store.publish("slow", export(mflop=1000)))
+    many = [("file", (f"{n}.png", gray_png(n))) for n in range(40)]
+    with ThreadPoolExecutor(2) as others:
+        busy = [others.submit(lamps.http.post, "/v1/slow/classify", files=many) for _ in range(2)]
+        time.sleep(0.2)
+        began = time.monotonic()
+        answer = lamps.http.post("/v1/movers/classify", content=gray_png(1), headers={"X-Timeout-Ms": "100"})
+        took_s = time.monotonic() - began
+        assert not any(other.done() for other in busy)
+    assert answer.status_code == 504, answer.text
+    assert took_s < 0.5
+    assert [other.result().status_code for other in busy] == [200] * 2
+
+
+def test_a_deadline_is_kept_while_a_body_does_not_come(lamps: Service) -> None:
+    with socket.create_connection(("127.0.0.1", int(lamps.url.rpartition(":")[2])), timeout=5) as client:
+        began = time.monotonic()
+        head = b"POST /v1/lamps/classify HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\nx-timeout-ms: 200\r\n\r\n"
+        client.sendall(head + b"a few")
+        assert b" 504 " in client.recv(1000)
+        assert time.monotonic() - began < 1
+
+
+def test_what_was_counted_stays_when_a_version_leaves_memory(lamps: Service) -> None:
+    def counted() -> list[str]:
+        return [line for line in lamps.http.get("/metrics").text.splitlines() if line.startswith("bit_requests_total{")]
+
+    lamps.classify("movers", gray_png(1))
+    before = [line for line in counted() if 'tenant="movers"' in line]
+    assert lamps.http.post("/v2/repository/models/movers/unload").status_code == 200
+    time.sleep(1)  # three looks at the registry
+    assert before == [line for line in counted() if 'tenant="movers"' in line] != []
+
+
+def test_an_answer_that_comes_after_its_version_left_leaves_no_series(service: Service) -> None:
+    """A body that took longer than two promotions: its version is counted, but not for ever."""
+    first = service.store.publish("late", export())
+    service.wait_until("late", first)
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=5) as client:
+        client.sendall(b"POST /v1/late/classify HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\n")
+        for data in (export(-1), export(threshold=0.1)):
+            service.wait_until("late", service.store.publish("late", data))
+        wait_until_gone(service, first)
+        client.sendall(b"late")
+        assert b" 400 " in client.recv(1000)
+    service.http.get("/metrics")  # counts it
+    wait_until_gone(service, first)
+
+
+def wait_until_gone(service: Service, version: str) -> None:
+    within = time.monotonic() + FOLLOWED_WITHIN_S
+    while f'tenant="late",version="{version}"' in (told := service.http.get("/metrics").text):
+        assert time.monotonic() < within, told
+        time.sleep(0.1)
 
 
 def test_a_server_that_ends_before_it_answers_or_later_is_an_error_at_once(tmp_path: Path) -> None:
