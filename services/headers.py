@@ -9,6 +9,7 @@ FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # markers SOFn of
 SEQUENTIAL = frozenset({0xC0, 0xC1})  # baseline and extended, by Huffman's codes
 LOSSLESS = frozenset({0xC3, 0xC7, 0xCB, 0xCF})
 SCAN = 0xDA  # marker SOS
+EXIF = b"Exif\0\0"
 SIGNATURES = {
     b"\xff\xd8\xff": "jpeg",
     b"\x89PNG\r\n\x1a\n": "png",
@@ -27,31 +28,27 @@ def sniff(data: bytes) -> str | None:
 
 
 class Header(NamedTuple):
-    """What a picture says of itself before EXIF turns it. All but kind, width and height are told of JPEGs only.
+    """What a picture says of itself before EXIF turns it.
 
-    channels: components of the frame, 4 for inks. one_scan: a decoder stops after the first. lossless: not made by a DCT, which
-    is what decoders shrink by. orientation: 1 to 8 (EXIF 2.32, tag 0x0112), 1 where nothing says otherwise.
+    orientation: 1 to 8 (EXIF 2.32, tag 0x0112). Of JPEGs only: channels: components of the frame, 4 for inks. one_scan: a
+    decoder stops after the first. lossless: not made by a DCT, which is what decoders shrink by.
     """
 
     kind: str
     width: int
     height: int
+    orientation: int = 1
     channels: int = 3
     one_scan: bool = True
     lossless: bool = False
-    orientation: int = 1
 
 
 def header(data: bytes) -> Header | None:
     """None where the first bytes announce no picture, or the header does not tell its size."""
-    kind = sniff(data)
     try:
-        if kind == "jpeg":
-            return _jpeg(data)
-        size = SIZES[kind](data) if kind else None
+        return READERS[sniff(data) or ""](data)
     except (ValueError, KeyError, struct.error):
         return None
-    return Header(kind, *size) if kind and size else None
 
 
 def _jpeg(data: bytes) -> Header:
@@ -71,7 +68,8 @@ def _jpeg(data: bytes) -> Header:
     height, width, channels = struct.unpack_from(">HHB", data, at + 5)
     one_scan = len(frames) == 1 and code in SEQUENTIAL and data[scan + 4 : scan + 5] == bytes([channels])
     lossless = any(code in LOSSLESS for code, _ in frames)
-    return Header("jpeg", width, height, channels, one_scan, lossless, _orientation(data, scan))
+    orientation = _orientation(data, _behind(EXIF, data, 0, min(scan, 65_536)))
+    return Header("jpeg", width, height, orientation, channels, one_scan, lossless)
 
 
 def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
@@ -94,50 +92,60 @@ def _jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
 
 
-def _orientation(data: bytes, scan: int) -> int:
-    """By the first EXIF block within 64 kB and before the scan: the scan is most of the file, and EXIF never that large."""
-    start = data.find(b"Exif\x00\x00", 0, min(scan, 65_536))
-    if start < 0:
-        return 1
+def _png(data: bytes) -> Header:
+    """Its EXIF may stand before or behind the pixels (PNG, third edition, 11.3.3.6)."""
+    width, height = struct.unpack_from(">II", data, 16)
+    return Header("png", width, height, _orientation(data, _behind(b"eXIf", data)))
+
+
+def _gif(data: bytes) -> Header:
+    return Header("gif", *struct.unpack_from("<HH", data, 6))
+
+
+def _bmp(data: bytes) -> Header:
+    if data[14:18] == b"\x0c\0\0\0":  # the header of OS/2, whose sides are 16 bits long
+        return Header("bmp", *struct.unpack_from("<HH", data, 18))
+    width, height = struct.unpack_from("<ii", data, 18)
+    return Header("bmp", abs(width), abs(height))  # negative: upside down
+
+
+def _tiff(data: bytes) -> Header:
+    tags = _ifd(data)
+    return Header("tiff", tags[0x0100], tags[0x0101], _orientation(data, 0))
+
+
+def _webp(data: bytes) -> Header:
+    """RFC 9649: the lossy, lossless and extended form keep the canvas in three different ways; the last may have EXIF.
+
+    Raises ValueError for another form.
+    """
+    form = data[12:16]
+    if form == b"VP8X":
+        sides = 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+        exif = _behind(b"EXIF", data, 30) + 4  # the chunk's size
+        return Header("webp", *sides, _orientation(data, exif + len(EXIF) * data.startswith(EXIF, exif)))
+    if form == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        return Header("webp", width & 0x3FFF, height & 0x3FFF)
+    if form == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return Header("webp", 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF))
+    raise ValueError("another form")
+
+
+def _behind(mark: bytes, data: bytes, start: int = 0, end: int | None = None) -> int:
+    """Where the first mark ends, the end of the data where there is none."""
+    found = data.find(mark, start, end)
+    return found + len(mark) if found >= 0 else len(data)
+
+
+def _orientation(data: bytes, start: int) -> int:
+    """Of the TIFF directory that begins there, 1 where none does. Not read further than 64 kB: EXIF is never that large."""
     try:
-        orientation = _ifd(data[start + 6 : start + 65_536]).get(0x0112, 1)
+        orientation = _ifd(data[start : start + 65_536]).get(0x0112, 1)
     except (struct.error, ValueError):
         return 1
     return orientation if 1 <= orientation <= 8 else 1
-
-
-def _png(data: bytes) -> tuple[int, int]:
-    return struct.unpack_from(">II", data, 16)
-
-
-def _gif(data: bytes) -> tuple[int, int]:
-    return struct.unpack_from("<HH", data, 6)
-
-
-def _bmp(data: bytes) -> tuple[int, int]:
-    if data[14:18] == b"\x0c\0\0\0":  # the header of OS/2, whose sides are 16 bits long
-        return struct.unpack_from("<HH", data, 18)
-    width, height = struct.unpack_from("<ii", data, 18)
-    return abs(width), abs(height)  # negative: upside down
-
-
-def _tiff(data: bytes) -> tuple[int, int]:
-    tags = _ifd(data)
-    return tags[0x0100], tags[0x0101]
-
-
-def _webp(data: bytes) -> tuple[int, int] | None:
-    """RFC 9649: the lossy, lossless and extended form keep the canvas in three different ways."""
-    form = data[12:16]
-    if form == b"VP8X":
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if form == b"VP8 ":
-        width, height = struct.unpack("<HH", data[26:30])
-        return width & 0x3FFF, height & 0x3FFF
-    if form == b"VP8L":
-        (bits,) = struct.unpack("<I", data[21:25])
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    return None
 
 
 def _ifd(tiff: bytes) -> dict[int, int]:
@@ -160,7 +168,8 @@ def _ifd(tiff: bytes) -> dict[int, int]:
     return found
 
 
-SIZES: dict[str, Callable[[bytes], tuple[int, int] | None]] = {
+READERS: dict[str, Callable[[bytes], Header]] = {
+    "jpeg": _jpeg,
     "png": _png,
     "gif": _gif,
     "bmp": _bmp,

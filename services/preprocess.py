@@ -51,7 +51,7 @@ def pixels(data: bytes, size: int, max_pixels: int = MAX_PIXELS, into: Pixels | 
     """
     told = _announced(data, max_pixels)
     image = _decode_jpeg(data, told, size, size, False, SCRATCH.memory) if told.kind == "jpeg" else None
-    return resize(image if image is not None else _decode_any(data, told.kind), size, into)
+    return resize(image if image is not None else _decode_any(data, told), size, into)
 
 
 def resize(image: Pixels, size: int, into: Pixels | None = None) -> Pixels:
@@ -77,7 +77,7 @@ def decode(
     told = _announced(data, max_pixels)
     least = (-(-told.height // shrink), -(-told.width // shrink)) if shrink > 1 else (min_side or 0, min_side or 0)
     image = _decode_jpeg(data, told, *least, fast) if told.kind == "jpeg" else None
-    return image if image is not None else _decode_any(data, told.kind)
+    return image if image is not None else _decode_any(data, told)
 
 
 def upright_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -155,7 +155,9 @@ def _damaged(read: Callable[..., Pixels], size: int) -> Pixels | None:
     return image if len(sums) == 1 else None
 
 
-def _decode_any(data: bytes, kind: str) -> Pixels:
+def _decode_any(data: bytes, told: Header) -> Pixels:
+    """By OpenCV, which turns JPEG and TIFF upright itself."""
+    kind = told.kind
     flags = cv2.IMREAD_UNCHANGED if kind in ("png", "webp", "tiff") else cv2.IMREAD_COLOR
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -165,6 +167,8 @@ def _decode_any(data: bytes, kind: str) -> Pixels:
         raise PictureError(f"a {kind} of {len(data)} bytes that cannot be decoded: it is damaged or cut off.")
     if image.dtype not in (np.uint8, np.uint16):
         raise PictureError(f"a {kind} with {image.dtype} values; 8 or 16 bits per channel are read.")
+    if kind in ("png", "webp"):
+        image = _upright(image, told.orientation)
     if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
     return _in_strips(image, _rgb_of_any)
@@ -200,7 +204,7 @@ def _rgb_of_any(image: NDArray[Any]) -> Pixels:
 def _upright(image: Pixels, orientation: int) -> Pixels:
     """Undoes the eight EXIF orientations (EXIF 2.32, tag 0x0112)."""
     if orientation >= 5:
-        image = image.transpose(1, 0, 2)
+        image = image.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
         image = image[:, ::-1]
     if orientation in (3, 4, 7, 8):

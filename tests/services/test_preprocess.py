@@ -70,15 +70,19 @@ def test_pixels_are_a_square_of_uint8() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_as_pillow_does(orientation: int) -> None:
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("colours", ["RGB", "L", "RGBA"])
+def test_exif_orientation_is_applied_as_pillow_does(colours: str, kind: str, orientation: int) -> None:
     from PIL import ImageOps
 
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = saved(gradient(), "jpeg", exif=exif, quality=95)
+    image = gradient().convert(colours if kind != "jpeg" else "RGB")
+    data = saved(image, kind, exif=exif, **{} if kind == "tiff" else {"quality": 95})
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
     assert decode(data).shape == expected.shape
     assert close(decode(data), expected, 3)
+    assert upright_size(data) == expected.shape[:2]
 
 
 def test_gray_palette_alpha_and_sixteen_bits_become_rgb() -> None:
