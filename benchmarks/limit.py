@@ -4,6 +4,7 @@ A process of its own, as the service is one, that waits between two measurements
 takes on a machine whose speed changes from second to second.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -11,21 +12,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from services import preprocess
 from services.inference.engine import Session
 
 
 class Limit:
-    """The process, asked line by line."""
+    """The process, asked line by line; it runs inside a `with`.
 
-    def __init__(self, child: "subprocess.Popen[str]") -> None:
-        assert child.stdin
-        assert child.stdout
-        self._asked, self._answers = child.stdin, child.stdout
+    Raises RuntimeError where it ended by itself; why stands on stderr.
+    """
+
+    def __init__(self, export: Path, picture: Path) -> None:
+        self.command = [sys.executable, "-m", "benchmarks.limit", str(export), str(picture)]
+
+    def __enter__(self) -> Self:
+        self.child = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.child.communicate()  # the end of its input ends it
 
     def alone(self, seconds: float) -> dict[str, float]:
         """{"p50_ms": what a picture takes while one thread works}."""
@@ -36,21 +45,20 @@ class Limit:
         return self._ask("together", seconds)
 
     def _ask(self, what: str, seconds: float) -> dict[str, float]:
-        self._asked.write(f"{what} {seconds}\n")
-        self._asked.flush()
-        return json.loads(self._answers.readline())
-
-
-@contextmanager
-def limit(export: Path, picture: Path) -> Iterator[Limit]:
-    """Both files are read at once. Raises ValueError (no JSON) where the process ended meanwhile; why stands on stderr."""
-    command = [sys.executable, "-m", "benchmarks.limit", str(export), str(picture)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        yield Limit(child)
-        child.communicate()  # the end of its input ends it
+        assert self.child.stdin
+        assert self.child.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self.child.stdin.write(f"{what} {seconds}\n")
+            self.child.stdin.flush()
+        line = self.child.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the limit's process ended with status {self.child.wait()}: {' '.join(self.command)}")
+        return json.loads(line)
 
 
 class Worker:
+    """What the process does: as the service's threads, without the service."""
+
     def __init__(self, data: bytes, picture: bytes) -> None:
         self.session, self.picture = Session(data), picture
         self.size = self.session.card.resolution

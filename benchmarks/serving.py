@@ -33,7 +33,7 @@ import onnxruntime as ort
 import torch
 
 from benchmarks import machine, wrk
-from benchmarks.limit import limit
+from benchmarks.limit import Limit
 from benchmarks.peers import PEERS, Peer
 from benchmarks.wrk import Request
 from services import preprocess
@@ -159,11 +159,16 @@ def session_s(leader: int) -> float:
 
 
 def settle(leader: int) -> None:
-    """Until it has ended what the load left behind: up to half a second of work, which would slow the limit down."""
-    before_s, used_s = -1.0, session_s(leader)
-    while used_s - before_s > 0.02:
+    """Waits until a server has ended what the load left behind, up to half a second of work, which would slow the limit down.
+
+    Raises RuntimeError where it never rests.
+    """
+    used_s = [session_s(leader)]
+    while len(used_s) < 3 or used_s[-1] - used_s[-3] > 0.02:
+        if len(used_s) > 100:
+            raise RuntimeError(f"a server is still busy {len(used_s) * 0.2:.0f} seconds after its load")
         time.sleep(0.2)
-        before_s, used_s = used_s, session_s(leader)
+        used_s.append(session_s(leader))
 
 
 def measure(server: Server, files: tuple[Path, Path], rounds: int, seconds: int) -> Figures:
@@ -175,23 +180,24 @@ def measure(server: Server, files: tuple[Path, Path], rounds: int, seconds: int)
     ratios: dict[int, list[float]] = {number: [] for number in CONNECTIONS}
     by_cpu: dict[int, list[float]] = {number: [] for number in CONNECTIONS}
     extra_ms, rates = [], []
-    with limit(*files) as most:
+    with Limit(*files) as limit:
         wrk.load(url, request, max(CONNECTIONS), 1)  # warms up
+        settle(process)
         for _ in range(rounds):
-            before = most.together(seconds / 2)
+            before = limit.together(seconds / 2)
             for number in CONNECTIONS:
                 used_s = session_s(process)
                 result = wrk.load(url, request, number, seconds)
                 used_s = session_s(process) - used_s + result["cpu_s"]
                 settle(process)
-                after = most.together(seconds / 2)
+                after = limit.together(seconds / 2)
                 by_cpu[number].append((before["cpu_s"] + after["cpu_s"]) / 2 / (used_s / result["requests"]))
                 ratios[number].append(result["rate"] * 2 / (before["rate"] + after["rate"]))
                 rates.append(after["rate"])
                 before = after
-            alone_ms = most.alone(seconds / 2)["p50_ms"]
+            alone_ms = limit.alone(seconds / 2)["p50_ms"]
             extra_ms.append(
-                wrk.load(url, request, 1, seconds)["p50_ms"] - (alone_ms + most.alone(seconds / 2)["p50_ms"]) / 2
+                wrk.load(url, request, 1, seconds)["p50_ms"] - (alone_ms + limit.alone(seconds / 2)["p50_ms"]) / 2
             )
     return figures | {
         "ratios": medians(ratios),
