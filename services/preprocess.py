@@ -158,7 +158,7 @@ def _damaged(read: Callable[..., Pixels], size: int) -> Pixels | None:
 def _decode_any(data: bytes, told: Header) -> Pixels:
     """By OpenCV, which turns JPEG and TIFF upright itself."""
     kind = told.kind
-    flags = cv2.IMREAD_UNCHANGED if kind in ("png", "webp", "tiff") else cv2.IMREAD_COLOR
+    flags = cv2.IMREAD_UNCHANGED if kind in ("png", "webp", "tiff", "gif") else cv2.IMREAD_COLOR
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
