@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import re
 import time
 from collections.abc import Awaitable, MutableMapping
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ Route = tuple[str, str, str | None]  # action, name, version
 
 NO_QUOTA = Quota()
 MOST_DIGITS = 9  # of a number in a request: Python refuses to read one of 5,000
+TRACEPARENT = re.compile(  # W3C Trace Context, section 3.2: version 00 ends there, later ones may say more
+    "(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?"
+)
 DRAWN = random.Random()  # noqa: S311 (a request's id is no secret; the system's source of randomness costs a call into the kernel)
 
 
@@ -107,14 +111,11 @@ class Exchange:
         except TimeoutError:
             raise DeadlineExceeded(f"{otherwise} when the deadline passed") from None
 
-    def trace_id(self) -> str | None:
-        """The trace that the request belongs to (W3C Trace Context, section 3.2)."""
+    def trace(self) -> tuple[str | None, str | None]:
+        """The ids of the trace that the request belongs to and of the span that asked; None for a header that is none."""
         given = self.headers.get(b"traceparent")
-        if given is None:
-            return None
-        parts = given.decode("latin-1").split("-")
-        whole = len(parts) >= 4 and len(parts[1]) == 32 and not set(parts[1]) - set("0123456789abcdef")
-        return parts[1] if whole and set(parts[1]) != {"0"} else None
+        found = TRACEPARENT.fullmatch(given.decode("latin-1")) if given else None
+        return (found[1], found[2]) if found else (None, None)
 
     def origin(self) -> Headers:
         """Headers that tell who answered, and where the time went."""

@@ -112,10 +112,12 @@ class Tally:
 def _line(answer: Answered) -> dict[str, Any]:
     """Of the access log."""
     exchange, served = answer.exchange, answer.exchange.served
+    trace, parent = exchange.trace()
     return {
         "time": answer.at,
         "request_id": exchange.request_id,
-        "trace_id": exchange.trace_id(),
+        "trace_id": trace,
+        "parent_id": parent,
         "method": exchange.scope["method"],
         "path": exchange.scope["path"],
         "tenant": served.tenant if served else "",

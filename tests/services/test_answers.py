@@ -18,6 +18,7 @@ from services import preprocess
 from services.inference import bodies, explain, protocol
 from services.inference.engine import Session
 from services.inference.errors import BadRequest, DeadlineExceeded
+from services.inference.exchange import Exchange
 from services.inference.metrics import Metrics
 from services.inference.models import Served
 from services.inference.scheduler import Scheduler, Work
@@ -180,9 +181,32 @@ def test_each_request_is_one_line_of_the_access_log(lamps: Service) -> None:
         whole = lamps.log.read_text().rpartition("\n")[0].splitlines()
         by_id = {told["request_id"]: told for told in (json.loads(line) for line in whole if line.startswith("{"))}
     told = by_id["mine-1"]
-    assert (told["tenant"], told["status"], told["trace_id"]) == ("lamps", 200, trace)
+    assert (told["tenant"], told["status"]) == ("lamps", 200)
+    assert (told["trace_id"], told["parent_id"]) == (trace, "b7ad6b7169203331")
     assert {"queue_ms", "decode_ms", "infer_ms", "ms", "version", "path"} <= set(told)
     assert by_id["mine-2"]["status"] == 404
+
+
+TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (f"00-{TRACE}-{SPAN}-01", True),
+        (f"01-{TRACE}-{SPAN}-01-of-a-later-version", True),
+        (f"00-{TRACE}-{SPAN}-01-more", False),
+        (f"ff-{TRACE}-{SPAN}-01", False),
+        (f"00-{'0' * 32}-{SPAN}-01", False),
+        (f"00-{TRACE}-{'0' * 16}-01", False),
+        (f"00-{TRACE.upper()}-{SPAN}-01", False),
+        ("", False),
+    ],
+)
+def test_a_trace_is_read_where_it_is_one(given: str, read: bool) -> None:
+    scope = {"query_string": b"", "method": "POST", "path": "/"}
+    exchange = Exchange("classify", "lamps", None, scope, {b"traceparent": given.encode()})
+    assert exchange.trace() == ((TRACE, SPAN) if read else (None, None))
 
 
 def test_the_pages_bodies_are_limited_too(lamps: Service) -> None:
