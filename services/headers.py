@@ -111,7 +111,7 @@ def _bmp(data: bytes) -> Header:
 
 def _tiff(data: bytes) -> Header:
     tags = _ifd(data)
-    return Header("tiff", tags[0x0100], tags[0x0101], _orientation(data, 0))
+    return Header("tiff", tags[0x0100], tags[0x0101], _known(tags))
 
 
 def _webp(data: bytes) -> Header:
@@ -142,10 +142,13 @@ def _behind(mark: bytes, data: bytes, start: int = 0, end: int | None = None) ->
 def _orientation(data: bytes, start: int) -> int:
     """Of the TIFF directory that begins there, 1 where none does. Not read further than 64 kB: EXIF is never that large."""
     try:
-        orientation = _ifd(data[start : start + 65_536]).get(0x0112, 1)
+        return _known(_ifd(data[start : start + 65_536]))
     except (struct.error, ValueError):
         return 1
-    return orientation if 1 <= orientation <= 8 else 1
+
+
+def _known(tags: dict[int, int]) -> int:
+    return orientation if 1 <= (orientation := tags.get(0x0112, 1)) <= 8 else 1
 
 
 def _ifd(tiff: bytes) -> dict[int, int]:

@@ -34,8 +34,10 @@ PASSING = {
     "HTTPClientError",
     "ClientConnectionError",
     "ClientPayloadError",
+    "ChunkedEncodingError",
 }
-BUSY = {408, 429}  # statuses of HTTP that pass, besides all from 500 on
+LASTING = {"BrokenPipeError", "SSLError", "ClientSSLError"}  # of these kinds, but they do not pass by themselves
+BUSY = {408, 429, 500, 502, 503, 504}  # statuses of HTTP that pass
 
 
 class UserError(ValueError):
@@ -80,17 +82,19 @@ def reason(error: BaseException) -> str:
 def _outage(error: BaseException | None) -> BaseException | None:
     """Of an error and those that it was made from the first that tells of an outage."""
     while error is not None:
-        status = _status(error)
-        if any(kind.__name__ in PASSING for kind in type(error).__mro__) or status in BUSY or 500 <= status < 600:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if kinds & LASTING:
+            return None
+        if kinds & PASSING or _status(error) in BUSY:
             return error
-        error = error.__cause__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 
 def _status(error: BaseException) -> int:
     """The status of HTTP that an error of aiohttp, gcsfs, requests, botocore or MLflow tells, else 0."""
-    if told := getattr(error, "get_http_status_code", None):  # MLflow
-        return int(told())
+    if told := getattr(error, "get_http_status_code", None):  # MLflow, whose client says 500 of all that it meets
+        return int(told()) if type(error).__name__ == "RestException" else 0
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -43,12 +43,13 @@ from services.inference.registry import FolderRegistry, Registry, RegistryDown
 from services.inference.scheduler import Scheduler, Work
 from services.inference.settings import MiB, Settings
 from services.inference.tally import Tally
-from services.inference.tenants import Tenants
+from services.inference.tenants import Gate, Tenants
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Rows = list[NDArray[np.float32]]
 Answers = list[dict[str, Any]]
+Reply = tuple[bytes, Headers]
 
 log = logging.getLogger("bit.serve")
 BINARY = (b"content-type", b"application/octet-stream")
@@ -135,7 +136,7 @@ class App:
         finally:
             self.room.give_back(held)
 
-    async def _serve(self, exchange: Exchange, receive: Receive) -> tuple[bytes, Headers]:
+    async def _serve(self, exchange: Exchange, receive: Receive) -> Reply:
         """The answer's body and headers. Everything before the body is read is cheap."""
         headers, limit = exchange.headers, self.settings.max_body_bytes
         if exchange.scope["method"] != "POST":
@@ -146,26 +147,31 @@ class App:
         cold = self._find(exchange)
         if cold is None:
             self.scheduler.check(exchange.version)
-        with self.tenants.admit(exchange.tenant, size) as quota:
-            exchange.quota = quota
+        gate = self.tenants.admit(exchange.tenant, size)
+        exchange.quota = gate.enter()
+        if not size:
+            receive = bodies.Counted(receive, partial(self.tenants.charge, exchange.tenant))
+        answer = self._admitted(exchange, gate, cold, receive)
+        if (
+            b"x-timeout-ms" not in headers
+        ):  # the service's own limit drops what waits; a clock of its own costs each request
+            return await answer
+        return await exchange.in_time(answer, "the answer was not there")
+
+    async def _admitted(self, exchange: Exchange, gate: Gate, cold: Cold | None, receive: Receive) -> Reply:
+        """Its place in the quota and room for its body are taken until the work ends, also where nobody waits for it any more."""
+        try:
             if cold is not None:  # also who waits for a version counts as running
                 exchange.served, exchange.alias = await self._load(exchange, cold), cold.wanted.alias
-            if not size:
-                receive = bodies.Counted(receive, partial(self.tenants.charge, exchange.tenant))
-            if (
-                b"x-timeout-ms" not in headers
-            ):  # the service's own limit drops what waits; a clock of its own costs each request
-                return await self._admitted(exchange, receive)
-            return await exchange.in_time(self._admitted(exchange, receive), "the answer was not there")
-
-    async def _admitted(self, exchange: Exchange, receive: Receive) -> tuple[bytes, Headers]:
-        body = await bodies.read(receive, exchange.headers, self.settings.max_body_bytes, self.room)
-        try:
-            return await self._reply(exchange, body)
+            body = await bodies.read(receive, exchange.headers, self.settings.max_body_bytes, self.room)
+            try:
+                return await self._reply(exchange, body)
+            finally:
+                self.room.give_back(len(body))
         finally:
-            self.room.give_back(len(body))
+            gate.leave()
 
-    async def _reply(self, exchange: Exchange, body: bytes) -> tuple[bytes, Headers]:
+    async def _reply(self, exchange: Exchange, body: bytes) -> Reply:
         if exchange.action == "infer":
             return await self._infer(exchange, body)
         parts = (body, exchange.headers, self.settings.max_pictures)
@@ -192,16 +198,13 @@ class App:
         if self.settings.cold == "refuse":
             raise Unavailable(f"{exchange.name!r} is being loaded; try again", after_s=2)
         try:
-            loaded = asyncio.shield(asyncio.wrap_future(loading))
-            served = await exchange.in_time(loaded, f"{exchange.name!r} was still loading")
+            served = await exchange.in_time(asyncio.wrap_future(loading), f"{exchange.name!r} was still loading")
         except (Refused, RegistryDown) as error:
             raise Unavailable(f"version {cold.wanted.version} of {exchange.tenant!r} cannot be loaded", 10) from error
         exchange.timings["load"] = time.monotonic() - began
         return served
 
-    async def _classify(
-        self, exchange: Exchange, pictures: list[bytes], names: list[str] | None
-    ) -> tuple[bytes, Headers]:
+    async def _classify(self, exchange: Exchange, pictures: list[bytes], names: list[str] | None) -> Reply:
         served, query = exchange.version, exchange.query()
         top, how = asked_top(query, len(served.session.card.classes)), query.get("explain", "0")
         if how not in ("0", "1", "overlay"):
@@ -228,9 +231,7 @@ class App:
         await asyncio.get_running_loop().run_in_executor(self.explainers, charged)
         exchange.timings["explain"] = time.monotonic() - began
 
-    async def _features(
-        self, exchange: Exchange, pictures: list[bytes], names: list[str] | None
-    ) -> tuple[bytes, Headers]:
+    async def _features(self, exchange: Exchange, pictures: list[bytes], names: list[str] | None) -> Reply:
         [rows] = await self._run(exchange, pictures, ("features",))
         if exchange.headers.get(b"accept") == BINARY[1]:
             shape = (b"x-shape", ",".join(map(str, rows.shape)).encode())
@@ -255,7 +256,7 @@ class App:
         told = who | {"answers": [{"name": n, **a} for n, a in zip(names, answers, strict=True)]}
         return orjson.dumps(told, option=orjson.OPT_SERIALIZE_NUMPY)
 
-    async def _infer(self, exchange: Exchange, body: bytes) -> tuple[bytes, Headers]:
+    async def _infer(self, exchange: Exchange, body: bytes) -> Reply:
         length, served, given = exchange.json_length(), exchange.version, self.settings
         parts = (body, length, served.session.card.resolution, given.max_pictures, given.max_json_bytes)
         if (len(body) if length is None else length) > LONG_BODY:  # long JSON would hold up everybody else

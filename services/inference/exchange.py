@@ -20,6 +20,7 @@ Route = tuple[str, str, str | None]  # action, name, version
 
 NO_QUOTA = Quota()
 MOST_DIGITS = 9  # of a number in a request: Python refuses to read one of 5,000
+LATE: set[asyncio.Future[Any]] = set()  # the loop itself would forget them
 TRACEPARENT = re.compile(  # W3C Trace Context, section 3.2: version 00 ends there, later ones may say more
     "(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?"
 )
@@ -104,11 +105,18 @@ class Exchange:
         raise BadRequest("X-Timeout-Ms must be a positive number of milliseconds")
 
     async def in_time(self, answer: Awaitable[Answer], otherwise: str) -> Answer:
-        """The answer, if it comes before the deadline. Raises DeadlineExceeded, which says what was otherwise."""
+        """The answer, if it comes before the deadline. Raises DeadlineExceeded, which says what was otherwise.
+
+        What is late goes on: a worker that has begun cannot be stopped, and holds the memory that it works on.
+        """
+        task = asyncio.ensure_future(answer)
         try:
             async with asyncio.timeout(self.deadline - time.monotonic()):
-                return await answer
+                return await asyncio.shield(task)
         except TimeoutError:
+            LATE.add(task)
+            task.add_done_callback(_ended)
+            self.timings = dict(self.timings)  # what is told now; a worker goes on in the other one
             raise DeadlineExceeded(f"{otherwise} when the deadline passed") from None
 
     def trace(self) -> tuple[str | None, str | None]:
@@ -125,3 +133,9 @@ class Exchange:
         stages, ms = self.timings.keys(), [seconds * 1000 for seconds in self.timings.values()]
         told = ";dur=%.2f, ".join(stages) + ";dur=%.2f"  # formatted at once: one by one they take twice as long
         return [*self.version.headers, alias, (b"server-timing", (told % tuple(ms)).encode())]
+
+
+def _ended(late: asyncio.Future[Any]) -> None:
+    LATE.discard(late)
+    if not late.cancelled():
+        late.exception()  # nobody waits for it: not to be logged as one that was forgotten

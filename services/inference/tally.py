@@ -97,7 +97,7 @@ class Tally:
             series = served.series = Series(self.metrics, served)
         served.stats.last = answer.at
         served.stats.add("success" if answer.status == 200 else "fail", answer.took_s)
-        for stage, seconds in answer.exchange.timings.items():
+        for stage, seconds in tuple(answer.exchange.timings.items()):  # at once: what is late may still be noted
             if stage in STAGES:
                 served.stats.add(STAGES[stage], seconds)
             series.stages[stage].observe(seconds)
@@ -126,7 +126,7 @@ def _line(answer: Answered) -> dict[str, Any]:
         "status": answer.status,
         "bytes": answer.size_bytes,
         "ms": _ms(answer.took_s),
-        **{f"{stage}_ms": _ms(seconds) for stage, seconds in exchange.timings.items()},
+        **{f"{stage}_ms": _ms(seconds) for stage, seconds in tuple(exchange.timings.items())},
     }
 
 

@@ -91,18 +91,18 @@ class Bucket:
 
 
 class Gate:
-    """One tenant's quota in use; `with` it while a request runs."""
+    """One tenant's quota in use: `enter` before a request runs, `leave` when it ended."""
 
     def __init__(self, quota: Quota, clock: Callable[[], float]) -> None:
         self.quota, self.running = quota, 0
         self.requests = Bucket(quota.requests_per_s, clock) if quota.requests_per_s else None
         self.bytes = Bucket(quota.bytes_per_s, clock) if quota.bytes_per_s else None
 
-    def __enter__(self) -> Quota:
+    def enter(self) -> Quota:
         self.running += 1
         return self.quota
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self) -> None:
         self.running -= 1
 
 

@@ -85,6 +85,13 @@ def test_exif_orientation_is_applied_as_pillow_does(colours: str, kind: str, ori
     assert upright_size(data) == expected.shape[:2]
 
 
+def test_the_orientation_of_a_tiff_is_known_where_its_tags_come_last() -> None:
+    exif, noise = Image.Exif(), np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8)
+    exif[0x0112] = 6
+    data = saved(Image.fromarray(noise), "tiff", exif=exif, compression="tiff_lzw")
+    assert upright_size(data) == decode(data).shape[:2] == (500, 300)
+
+
 def test_gray_palette_alpha_and_sixteen_bits_become_rgb() -> None:
     gray = gradient().convert("L")
     assert close(decode(saved(gray, "png")), np.asarray(gray.convert("RGB")), 1)

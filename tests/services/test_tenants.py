@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -24,6 +25,13 @@ from tests.services.running import Folder, Service, bit_serve
 def make_key(file: Path, tenant: str, *flags: str) -> str:
     command = [sys.executable, "-c", "from services.inference.tenants import main; main()", tenant, "--file", str(file)]
     return subprocess.run([*command, *flags], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@contextmanager
+def admitted(tenants: Tenants, tenant: str, size_bytes: int) -> Iterator[Quota]:
+    gate = tenants.admit(tenant, size_bytes)
+    yield gate.enter()
+    gate.leave()
 
 
 class Guarded(Service):
@@ -185,10 +193,10 @@ def test_a_bucket_lets_no_more_through_than_its_rate(rate: float, pauses: list[f
 def test_a_refusal_costs_nothing() -> None:
     clock = Clock()
     tenants = Tenants(None, clock, quotas={"a": Quota(requests_per_s=2, bytes_per_s=10)})
-    with tenants.admit("a", 10):
+    with admitted(tenants, "a", 10):
         pass
     for _ in range(5):
-        with pytest.raises(TooManyRequests, match="10 bytes per second"), tenants.admit("a", 10):
+        with pytest.raises(TooManyRequests, match="10 bytes per second"), admitted(tenants, "a", 10):
             pass  # and not its requests
 
 
@@ -212,7 +220,7 @@ def test_what_runs_at_once_is_bounded_and_given_back() -> None:
     inside, leave = threading.Semaphore(0), threading.Event()
 
     def hold() -> None:
-        with tenants.admit("a", 0):
+        with admitted(tenants, "a", 0):
             inside.release()
             leave.wait(5)
 
@@ -220,10 +228,10 @@ def test_what_runs_at_once_is_bounded_and_given_back() -> None:
         running = [pool.submit(hold) for _ in range(2)]
         for _ in running:
             inside.acquire()
-        with pytest.raises(TooManyRequests, match="2 requests of 'a' are running"), tenants.admit("a", 0):
+        with pytest.raises(TooManyRequests, match="2 requests of 'a' are running"), admitted(tenants, "a", 0):
             pass
         leave.set()
-    with tenants.admit("a", 0) as quota:
+    with admitted(tenants, "a", 0) as quota:
         assert quota.concurrent == 2
 
 
@@ -267,11 +275,39 @@ def test_an_edit_of_the_file_forgives_nobody_else(tmp_path: Path) -> None:
     write(a={"requests_per_s": 1}, b={"requests_per_s": 1})
     tenants = Tenants(file, clock)
     for tenant in "ab":
-        with tenants.admit(tenant, 0):
+        with admitted(tenants, tenant, 0):
             pass
     write(a={"requests_per_s": 1, "keys": ["0" * 64]}, b={"requests_per_s": 2})
     assert tenants.reload()
-    with pytest.raises(TooManyRequests), tenants.admit("a", 0):
+    with pytest.raises(TooManyRequests), admitted(tenants, "a", 0):
         pass
-    with tenants.admit("b", 0):  # its limit is another now
+    with admitted(tenants, "b", 0):  # its limit is another now
         pass
+
+
+def test_what_is_late_keeps_its_place_until_a_worker_drops_it(tmp_path: Path) -> None:
+    """Else deadlines of a few milliseconds would let in any number of requests, each with its body in memory."""
+    file, store = tmp_path / "tenants.json", Folder(tmp_path)
+    key = make_key(file, "*")
+    limits = json.loads(file.read_text())
+    file.write_text(json.dumps(limits | {"hasty": {"concurrent": 1}}))
+    store.publish("slow", export(mflop=1000))
+    store.publish("hasty", export())
+    many = [("file", (f"{n}.png", gray_png(n))) for n in range(40)]
+    with (
+        bit_serve(store, tmp_path, "--tenants", str(file), "--workers", "1") as service,
+        ThreadPoolExecutor(1) as other,
+    ):
+        service.http.headers["authorization"] = f"Bearer {key}"
+        assert service.classify("hasty", gray_png(1)).status_code == 200
+        busy = other.submit(service.http.post, "/v1/slow/classify", files=many)
+        time.sleep(0.3)
+        hurried = [
+            service.http.post("/v1/hasty/classify", content=gray_png(1), headers={"X-Timeout-Ms": "50"}).status_code
+            for _ in range(3)
+        ]
+        assert not busy.done()
+        assert hurried == [504, 429, 429]
+        assert busy.result().status_code == 200
+        time.sleep(0.3)
+        assert service.classify("hasty", gray_png(1)).status_code == 200
