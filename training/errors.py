@@ -93,8 +93,11 @@ def _outage(error: BaseException | None) -> BaseException | None:
 
 def _status(error: BaseException) -> int:
     """The status of HTTP that an error of aiohttp, gcsfs, requests, botocore or MLflow tells, else 0."""
-    if told := getattr(error, "get_http_status_code", None):  # MLflow, whose client says 500 of all that it meets
-        return int(told()) if type(error).__name__ == "RestException" else 0
+    if told := getattr(
+        error, "get_http_status_code", None
+    ):  # MLflow, whose client says 500 of all that it meets itself
+        status = int(told())
+        return status if status != 500 or type(error).__name__ == "RestException" else 0
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
