@@ -35,6 +35,7 @@ PASSING = {
     "ClientConnectionError",
     "ClientPayloadError",
     "ChunkedEncodingError",
+    "RetryError",
 }
 LASTING = {"BrokenPipeError", "SSLError", "ClientSSLError"}  # of these kinds, but they do not pass by themselves
 BUSY = {408, 429, 500, 502, 503, 504}  # statuses of HTTP that pass
