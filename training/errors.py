@@ -97,8 +97,8 @@ def _status(error: BaseException) -> int:
     if told := getattr(
         error, "get_http_status_code", None
     ):  # MLflow, whose client says 500 of all that it meets itself
-        status = int(told())
-        return status if status != 500 or type(error).__name__ == "RestException" else 0
+        said = int(told())
+        return said if said != 500 or type(error).__name__ == "RestException" else 0
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
