@@ -148,6 +148,7 @@ def _orientation(data: bytes, start: int) -> int:
 
 
 def _known(tags: dict[int, int]) -> int:
+    """The orientation that a directory tells, 1 for one that EXIF does not know."""
     return orientation if 1 <= (orientation := tags.get(0x0112, 1)) <= 8 else 1
 
 

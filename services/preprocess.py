@@ -88,16 +88,17 @@ def upright_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 def _announced(data: bytes, max_pixels: int) -> Header:
     """What the header tells. Raises PictureError for what is not to be unpacked."""
-    kind = sniff(data)
-    if kind is None:
+    told = header(data)
+    if told is None and sniff(data) is None:
         raise PictureError(
             f"not a picture: {len(data)} bytes that begin with {data[:8]!r}. Send JPEG, PNG, WebP, GIF, BMP or TIFF."
         )
-    told = header(data)
     if told is None:  # what cannot be held against the limit is not unpacked
-        raise PictureError(f"a {kind} of {len(data)} bytes whose header does not tell its size.")
+        raise PictureError(f"a {sniff(data)} of {len(data)} bytes whose header does not tell its size.")
     if told.width * told.height > max_pixels:
-        raise PictureError(f"a {kind} of {told.width} × {told.height} pixels; at most {max_pixels:,} pixels are read.")
+        raise PictureError(
+            f"a {told.kind} of {told.width} × {told.height} pixels; at most {max_pixels:,} pixels are read."
+        )
     if not told.one_scan and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise PictureError(f"a jpeg of {scans} scans; at most {MAX_SCANS} are read.")
     return told

@@ -152,11 +152,9 @@ class App:
         if not size:
             receive = bodies.Counted(receive, partial(self.tenants.charge, exchange.tenant))
         answer = self._admitted(exchange, gate, cold, receive)
-        if (
-            b"x-timeout-ms" not in headers
-        ):  # the service's own limit drops what waits; a clock of its own costs each request
-            return await answer
-        return await exchange.in_time(answer, "the answer was not there")
+        if b"x-timeout-ms" in headers:  # only then: a clock of its own costs, and the service's limit drops what waits
+            return await exchange.in_time(answer, "the answer was not there")
+        return await answer
 
     async def _admitted(self, exchange: Exchange, gate: Gate, cold: Cold | None, receive: Receive) -> Reply:
         """Its place in the quota and room for its body are taken until the work ends, also where nobody waits for it any more."""

@@ -105,7 +105,9 @@ class Tally:
             series.ok.inc()
             series.latency.observe(answer.took_s)
         else:
-            self.metrics.told(served.tenant, served.version)
+            self.metrics.told(
+                served.tenant, served.version
+            )  # once more: what is late may be of a version that was dropped
             self.metrics.requests.labels(served.tenant, served.version, str(answer.status)).inc()
 
 
